@@ -1,0 +1,1 @@
+"""The operations for the CPU, where the reference form is slow."""

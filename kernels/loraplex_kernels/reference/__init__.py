@@ -1,0 +1,1 @@
+"""The operations in plain torch: the truth that tests compare with."""

@@ -1,0 +1,3 @@
+"""loraplex: one base model, many LoRA adapters, one server."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,238 @@
+"""Flags and environment names, derived from the settings; the only file that reads the environment."""
+
+import dataclasses
+import difflib
+import ipaddress
+import os
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from loraplex.foreign_flags import ALIASES, IGNORED
+from loraplex_server.config import AdapterConfig, ApiConfig, EngineConfig, LaunchConfig, ServeConfig
+
+GROUPS: tuple[type, ...] = (LaunchConfig, ApiConfig, EngineConfig, AdapterConfig)
+ENDLESS_ADDRESS = "0.0.0.0"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """What flags and environment ask for; nothing is looked up yet."""
+
+    launch: LaunchConfig
+    serve: ServeConfig
+    warnings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SettingField:
+    """One setting as its dataclass declares it."""
+
+    name: str
+    flag: str
+    kind: type
+    optional: bool
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    minimum: float | None
+
+    @property
+    def env_name(self) -> str:
+        """The environment variable of the same meaning."""
+        return self.name.upper()
+
+
+def setting_fields(group: type) -> Iterator[SettingField]:
+    """The settings of one config dataclass, in their order; fields that the launcher fills are not among them."""
+    hints = typing.get_type_hints(group)
+    for field in dataclasses.fields(group):
+        if "help" not in field.metadata:
+            continue
+        kinds = typing.get_args(hints[field.name]) if _is_union(hints[field.name]) else (hints[field.name],)
+        kind = next(kind for kind in kinds if kind is not type(None))
+        yield SettingField(
+            name=field.name,
+            flag=field.metadata["flag"] or "--" + field.name.replace("_", "-"),
+            kind=typing.get_origin(kind) or kind,
+            optional=type(None) in kinds,
+            default=field.default,
+            help=field.metadata["help"],
+            choices=field.metadata["choices"],
+            minimum=field.metadata["minimum"],
+        )
+
+
+def _is_union(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType)
+
+
+class _TextItems(click.types.StringParamType):
+    """Repeatable text whose environment variable is one item, or a list with commas."""
+
+    def __init__(self, separator: str | None):
+        self._separator = separator
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        return rv.split(self._separator) if self._separator else [rv]
+
+
+class _SettingOption(click.Option):
+    """An option that passes over what Kubernetes puts into the environment: NAME_PORT=tcp://…"""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        value = super().resolve_envvar_value(ctx)
+        if value is not None and value.startswith("tcp://"):
+            _warn(ctx, f"{self.envvar}={value} is ignored: it is not a value but the address of a Kubernetes service")
+            return None
+        return value
+
+
+def _warn(context: click.Context, message: str) -> None:
+    warnings: list[str] = context.meta.setdefault("loraplex.warnings", [])
+    if message not in warnings:
+        warnings.append(message)
+
+
+def _option(field: SettingField) -> click.Option:
+    spellings = [field.name, field.flag, *ALIASES.get(field.name, ())]
+    common: dict[str, Any] = {"default": field.default, "envvar": field.env_name, "help": field.help}
+    if field.kind is tuple:
+        # A key may hold any character, so API_KEY is one key.
+        value_type = _TextItems(None if field.name == "api_key" else ",")
+        return _SettingOption(spellings, type=value_type, multiple=True, **common)
+    if field.kind is bool and not field.optional:
+        spellings[1] += f"/--no-{field.flag[2:]}" if field.default else ""
+        return _SettingOption(spellings, is_flag=True, **common)
+    if field.choices:
+        value_type = click.Choice(field.choices)
+    elif field.kind is int:
+        value_type = click.IntRange(min=field.minimum, max=65535 if field.name == "port" else None)
+    elif field.kind is float:
+        value_type = click.FLOAT
+    else:
+        value_type = click.BOOL if field.kind is bool else click.STRING
+    return _SettingOption(spellings, type=value_type, show_default=not field.optional, **common)
+
+
+def options() -> list[click.Parameter]:
+    """Every flag of `serve`: the settings, their other names, and the flags that have no effect."""
+    result: list[click.Parameter] = [_option(field) for group in GROUPS for field in setting_fields(group)]
+    result.append(
+        _SettingOption(
+            ["--max-input-length"],
+            type=click.IntRange(min=1),
+            envvar="MAX_INPUT_LENGTH",
+            help="old name of --max-input-tokens",
+        )
+    )
+    for ignored in IGNORED:
+        name = ignored.flag[2:].replace("-", "_")
+        kind: dict[str, Any] = {} if ignored.takes_value else {"is_flag": True}
+        result.append(
+            _SettingOption([ignored.flag], envvar=name.upper(), help=f"no effect: {ignored.reason}", hidden=True, **kind)
+        )
+    return result
+
+
+def _was_given(context: click.Context, name: str) -> bool:
+    given = context.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    return given and context.params[name] not in (None, False, ())
+
+
+def _hostname(context: click.Context, hostname: str) -> str:
+    """An address to bind to; a name, which in a container is the container's, gives way to all addresses."""
+    if hostname == "localhost":
+        return "127.0.0.1"
+    try:
+        ipaddress.ip_address(hostname)
+    except ValueError:
+        _warn(context, f"hostname '{hostname}' is not an IP address: listening on {ENDLESS_ADDRESS}")
+        return ENDLESS_ADDRESS
+    return hostname
+
+
+def _check_limits(context: click.Context) -> None:
+    """Refuse limits that contradict each other, as TGI's launcher does."""
+    values = context.params
+    longest, total = values["max_input_tokens"], values["max_total_tokens"]
+    if longest and total and longest >= total:
+        raise click.UsageError(f"--max-input-tokens ({longest}) must be less than --max-total-tokens ({total})")
+    batch_total = values["max_batch_total_tokens"]
+    if batch_total and total and batch_total < total:
+        raise click.UsageError(
+            f"--max-batch-total-tokens ({batch_total}) must be at least --max-total-tokens ({total}): "
+            "one request must fit"
+        )
+    if values["sharded"] and _was_given(context, "num_shard") and values["num_shard"] <= 1:
+        raise click.UsageError("--sharded true needs --num-shard of 2 or more")
+    if values["ngrok"] and not (values["ngrok_authtoken"] and values["ngrok_edge"]):
+        raise click.UsageError("--ngrok needs --ngrok-authtoken and --ngrok-edge")
+
+
+def _warn_of_near_misses(context: click.Context, known: set[str]) -> None:
+    """A variable that is almost one of ours was probably meant to be it; long names only, so that chance is no cause."""
+    candidates = [name for name in known if len(name) >= 8 and "_" in name]
+    for name in os.environ.keys() - known:
+        if "_" in name and (near := difflib.get_close_matches(name, candidates, n=1, cutoff=0.92)):
+            _warn(context, f"the environment variable {name} is not known here; {near[0]} is")
+
+
+def settings_from(context: click.Context) -> Settings:
+    """The settings of a parsed command line; raises click.UsageError where they contradict each other."""
+    values = dict(context.params)
+    for ignored in IGNORED:
+        if _was_given(context, ignored.flag[2:].replace("-", "_")):
+            _warn(context, f"{ignored.flag} has no effect: {ignored.reason}")
+    if values["max_input_length"]:
+        if _was_given(context, "max_input_tokens"):
+            raise click.UsageError("--max-input-length is the old name of --max-input-tokens: give one of them")
+        values["max_input_tokens"] = context.params["max_input_tokens"] = values["max_input_length"]
+    _check_limits(context)
+    known = {parameter.envvar for parameter in context.command.params if isinstance(parameter.envvar, str)}
+    _warn_of_near_misses(context, known)
+    values["hostname"] = _hostname(context, values["hostname"])
+    values |= _hub_environment(values["huggingface_hub_cache"])
+
+    def build(group: type) -> dict[str, Any]:
+        return {field.name: values[field.name] for field in setting_fields(group)}
+
+    hub = {name: values[name] for name in ("hub_token", "hub_endpoint", "hub_offline")}
+    return Settings(
+        launch=LaunchConfig(**build(LaunchConfig), **hub),
+        serve=ServeConfig(
+            api=ApiConfig(**build(ApiConfig)),
+            engine=EngineConfig(**build(EngineConfig), adapters=AdapterConfig(**build(AdapterConfig))),
+        ),
+        warnings=tuple(context.meta.get("loraplex.warnings", ())),
+    )
+
+
+def _first_set(*names: str) -> str | None:
+    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+def _hub_environment(cache: str | None) -> dict[str, Any]:
+    """What the hub's own variables say: HF_TOKEN, HF_ENDPOINT, HF_HOME and so on."""
+    home = _first_set("HF_HOME")
+    return {
+        "huggingface_hub_cache": cache or _first_set("HF_HUB_CACHE") or (str(Path(home, "hub")) if home else None),
+        "hub_token": _first_set("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_API_TOKEN"),
+        "hub_endpoint": _first_set("HF_ENDPOINT"),
+        "hub_offline": (_first_set("HF_HUB_OFFLINE") or "0").lower() in ("1", "true", "yes", "on"),
+    }
+
+
+def has_openmp_settings() -> bool:
+    """Whether the user has set OpenMP up; then nobody else does."""
+    return any(name.startswith(("OMP_", "GOMP_")) for name in os.environ)
+
+
+def user_cache_folder() -> Path:
+    """Where this user's caches lie (XDG)."""
+    return Path(_first_set("XDG_CACHE_HOME") or Path.home() / ".cache")

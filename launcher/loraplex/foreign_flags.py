@@ -1,0 +1,69 @@
+"""Flags of TGI and vLLM that are other names for a setting of ours, or that have no meaning here."""
+
+from dataclasses import dataclass
+
+# A second or third spelling of a setting's flag: name of the setting → flags.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "model_id": ("--model",),
+    "hostname": ("--host",),
+    "port": ("-p",),
+    "lora_adapters": ("--lora-modules",),
+    "max_resident_adapters": ("--max-loras",),
+    "num_shard": ("--tensor-parallel-size",),
+    "max_batch_size": ("--max-num-seqs",),
+    "max_total_tokens": ("--max-model-len",),
+    "max_batch_prefill_tokens": ("--max-num-batched-tokens",),
+    "graceful_termination_timeout": ("-g", "--shutdown-timeout"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class IgnoredFlag:
+    """A flag that is taken and has no effect; `takes_value` tells it from a switch."""
+
+    flag: str
+    reason: str
+    takes_value: bool = True
+
+
+_NO_DISTRIBUTED = "one rank needs no meeting point"
+_NO_TUNNEL = "this server opens no tunnels"
+_SCHEDULING = "prompts are computed in chunks beside running requests, which never pause for them"
+
+IGNORED = (
+    IgnoredFlag("--speculate", "tokens are not speculated"),
+    IgnoredFlag("--kv-cache-dtype", "the KV cache has the type of the computation (--dtype)"),
+    IgnoredFlag("--trust-remote-code", "code that comes with a model is never run", takes_value=False),
+    IgnoredFlag("--waiting-served-ratio", _SCHEDULING),
+    IgnoredFlag("--max-waiting-tokens", _SCHEDULING),
+    IgnoredFlag("--cuda-graphs", "the model runs on the CPU, where there are no CUDA graphs"),
+    IgnoredFlag("--prometheus-port", "metrics are served under /metrics of the port itself"),
+    IgnoredFlag("--shard-uds-path", "sockets lie in a private temporary folder"),
+    IgnoredFlag("--master-addr", _NO_DISTRIBUTED),
+    IgnoredFlag("--master-port", _NO_DISTRIBUTED),
+    IgnoredFlag("--disable-custom-kernels", "the CPU path has no kernels to switch off", takes_value=False),
+    IgnoredFlag("--ngrok", _NO_TUNNEL, takes_value=False),
+    IgnoredFlag("--ngrok-authtoken", _NO_TUNNEL),
+    IgnoredFlag("--ngrok-edge", _NO_TUNNEL),
+    IgnoredFlag("--usage-stats", "usage is never reported to anybody"),
+    IgnoredFlag("--disable-usage-stats", "usage is never reported to anybody", takes_value=False),
+    IgnoredFlag("--disable-crash-reports", "crashes are never reported to anybody", takes_value=False),
+    IgnoredFlag("--max-image-fetch-size", "images are not served"),
+    IgnoredFlag("--enable-lora", "LoRA adapters are always served", takes_value=False),
+    IgnoredFlag("--max-cpu-loras", "host memory for adapters is bounded in MiB (--adapter-memory-mb)"),
+)
+
+
+def spread_lora_modules(args: list[str]) -> list[str]:
+    """vLLM's `--lora-modules a=x b=y` as one flag a module; every other argument stays as it is."""
+    result: list[str] = []
+    in_list = False
+    for arg in args:
+        if arg == "--lora-modules":
+            in_list = True
+        elif arg.startswith("-") or not in_list:
+            in_list = False
+            result.append(arg)
+        else:
+            result += ["--lora-modules", arg]
+    return result

@@ -1,0 +1,135 @@
+"""From settings and what was found to the processes to start; decides, and touches nothing."""
+
+import sys
+from dataclasses import dataclass, replace
+
+from loraplex.flags import Settings
+from loraplex.launch_error import LaunchError
+from loraplex.machine import Machine
+from loraplex_models.config import ModelConfig
+from loraplex_server.config import DTYPES, AdapterSource, EngineConfig, ServeConfig
+
+# Beyond four threads a decode step gains little, and on a shared machine it loses.
+MAX_DEFAULT_THREADS = 4
+# How often an idle OpenMP thread looks for work before it sleeps. libgomp's default spins for milliseconds, which on
+# a shared two-core machine can make a step ten times slower; this keeps nearly all of the idle machine's speed.
+SPIN_COUNT = "2000"
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+GIB = 1024**3
+MIB = 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFacts:
+    """The base model and the adapters, found and checked on this machine."""
+
+    path: str
+    model_id: str
+    revision: str | None
+    config: ModelConfig
+    weight_bytes: int
+    adapters: tuple[AdapterSource, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """One process to start: `env` is added to the launcher's own environment."""
+
+    name: str
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    rank: int | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """All that the supervisor needs: the processes in starting order, their configuration, and lines for a person."""
+
+    config: ServeConfig
+    processes: tuple[ProcessSpec, ...]
+    summary: tuple[str, ...] = ()
+
+
+def check_served(settings: Settings) -> None:
+    """Refuse, before anything is downloaded, what this version does not serve."""
+    launch, engine = settings.launch, settings.serve.engine
+    if not (launch.model_id or launch.weights_cache_override):
+        raise LaunchError("no model given: name one with --model-id (a local folder or a hub id), or run 'loraplex demo'")
+    if engine.num_shard > 1 or launch.sharded:
+        raise LaunchError("tensor-parallel shards are not served yet: leave --num-shard at 1 and --sharded out")
+    if engine.quantize:
+        raise LaunchError(f"--quantize {engine.quantize}: quantised weights are not served yet, leave the flag out")
+    if (engine.rope_scaling is None) != (engine.rope_factor is None):
+        raise LaunchError("--rope-scaling and --rope-factor belong together: give both or neither")
+
+
+def make_plan(settings: Settings, facts: CheckpointFacts, machine: Machine, *, openmp_is_set: bool) -> LaunchPlan:
+    """Resolve every «auto» that the launcher can resolve, and name the processes.
+
+    `openmp_is_set`: the user has set OMP_* or GOMP_* variables, which then stay as they are.
+    Raises LaunchError.
+    """
+    engine = settings.serve.engine
+    dtype = _dtype(engine.dtype, facts)
+    _check_memory(facts, dtype, machine)
+    device = "cpu" if engine.device == "auto" else engine.device
+    threads = engine.num_threads or (0 if openmp_is_set else min(machine.num_cores, MAX_DEFAULT_THREADS))
+    resolved = replace(
+        engine,
+        model_path=facts.path,
+        dtype=dtype,
+        device=device,
+        num_threads=threads,
+        adapters=replace(engine.adapters, sources=facts.adapters),
+    )
+    api = replace(settings.serve.api, model_id=facts.model_id, model_sha=facts.revision)
+    openmp = {} if openmp_is_set else {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT}
+    return LaunchPlan(
+        config=replace(settings.serve, api=api, engine=resolved),
+        processes=(
+            ProcessSpec("api", _child_argv("api"), {}),
+            ProcessSpec("engine", _child_argv("engine"), openmp, rank=0, device=device),
+        ),
+        summary=_summary(facts, resolved),
+    )
+
+
+def _child_argv(name: str) -> tuple[str, ...]:
+    # -P: nothing that happens to lie in the working directory is imported.
+    return (sys.executable, "-P", "-m", "loraplex.processes", name)
+
+
+def _dtype(wanted: str, facts: CheckpointFacts) -> str:
+    if facts.config.quantization:
+        kind = facts.config.quantization.get("quant_method", "unknown")
+        raise LaunchError(f"model '{facts.model_id}' has {kind} weights: quantised weights are not served yet")
+    dtype = facts.config.dtype if wanted == "auto" else wanted
+    if dtype not in DTYPES:
+        raise LaunchError(f"model '{facts.model_id}' is stored as {dtype}: choose --dtype {', '.join(DTYPES)}")
+    return dtype
+
+
+def _check_memory(facts: CheckpointFacts, dtype: str, machine: Machine) -> None:
+    stored = DTYPE_BYTES.get(facts.config.dtype, 2)
+    needed = facts.weight_bytes * DTYPE_BYTES[dtype] // stored
+    if needed > machine.memory_bytes:
+        raise LaunchError(
+            f"out of memory: the weights of '{facts.model_id}' take {needed / GIB:.1f} GiB as {dtype} and "
+            f"{machine.memory_bytes / GIB:.1f} GiB are free: choose a smaller model, a shorter --dtype, or free memory"
+        )
+
+
+def _summary(facts: CheckpointFacts, engine: EngineConfig) -> tuple[str, ...]:
+    at = f" at {facts.revision}" if facts.revision else ""
+    threads = f"{engine.num_threads} threads" if engine.num_threads else "threads as OMP_* says"
+    lines = [
+        f"model {facts.model_id}{at}: {facts.config.architecture}, {facts.config.num_layers} layers, "
+        f"{facts.weight_bytes / MIB:.0f} MiB in {facts.path}",
+        f"computing in {engine.dtype} on {engine.device} with {threads}, {engine.num_shard} rank",
+    ]
+    lines += [
+        f"adapter {adapter.adapter_id}: rank {adapter.rank}, {adapter.num_bytes / MIB:.1f} MiB from {adapter.path}"
+        for adapter in facts.adapters
+    ]
+    return tuple(lines)

@@ -1,0 +1,1 @@
+"""Adapters as files, as weights and as device slots."""

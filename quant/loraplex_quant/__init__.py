@@ -1,0 +1,1 @@
+"""Weight formats: how a linear layer's weight is stored and applied."""

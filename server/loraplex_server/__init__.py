@@ -1,0 +1,1 @@
+"""The HTTP API, the link between the processes, and the engine."""

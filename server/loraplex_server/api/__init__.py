@@ -1,0 +1,1 @@
+"""The API process: HTTP, text and admission; knows neither torch nor the engine."""

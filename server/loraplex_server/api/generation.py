@@ -1,0 +1,131 @@
+"""One job's life: admit, submit, stream the text, stop, cancel; `best_of`."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import msgspec
+
+from loraplex_server.api.admission import Admission, AdmittedJob, new_seed
+from loraplex_server.api.client import EngineClient
+from loraplex_server.api.job import FinishedJob, FinishedSequence, GenerationJob, TextDelta, Timings, Token
+from loraplex_server.api.sequence_text import SequenceText
+from loraplex_server.errors import IncompleteGeneration, LoraplexError
+from loraplex_server.messages import GenerateRequest
+from loraplex_server.metrics import Metrics
+from loraplex_server.text.tokenizer import Tokenizer
+
+
+class Generator:
+    """Runs jobs on the engine. Cancelling what it returns takes the job's requests off the engine."""
+
+    def __init__(self, admission: Admission, client: EngineClient, tokenizer: Tokenizer, metrics: Metrics):
+        self.admission = admission
+        self.tokenizer = tokenizer
+        self._client = client
+        self._metrics = metrics
+        self._numbers = itertools.count()
+
+    async def stream(self, job: GenerationJob, request_id: str) -> AsyncIterator[TextDelta]:
+        """Yield the job's text as it comes; ends after the delta that has a completion."""
+        started = time.monotonic()
+        with self._metrics.job() as measured:
+            self.admission.check_shape(job)
+            with self.admission.permits(1):
+                admitted = await self.admission.admit(job)
+                measured.admitted(admitted.adapter, admitted.sampling.max_new_tokens)
+                timings = Timings(validation_s=admitted.validation_s)
+                async with aclosing(self._sequence(job, admitted, request_id, timings, started)) as deltas:
+                    async for delta in deltas:
+                        if delta.completion is not None:
+                            # Before the yield: a client may close the connection on the last event.
+                            timings.total_s = time.monotonic() - started
+                            measured.finished([delta.completion], timings)
+                        yield delta
+
+    async def complete(self, job: GenerationJob, request_id: str) -> FinishedJob:
+        """Run the job to its end; of `best_of` sequences the one with the highest mean log-probability wins."""
+        started = time.monotonic()
+        with self._metrics.job() as measured:
+            self.admission.check_shape(job)
+            number = job.best_of or 1
+            with self.admission.permits(number):
+                admitted = await self.admission.admit(job)
+                measured.admitted(admitted.adapter, admitted.sampling.max_new_tokens)
+                timings = [Timings(validation_s=admitted.validation_s) for _ in range(number)]
+                sequences = await self._all_of(
+                    [self._whole_sequence(job, admitted, request_id, one, started) for one in timings]
+                )
+                longest = max(timings, key=lambda one: one.queue_s + one.inference_s)
+                longest.total_s = time.monotonic() - started
+                measured.finished([sequence.completion for sequence in sequences], longest)
+        best = max(range(number), key=lambda i: sequences[i].mean_logprob)
+        return FinishedJob(
+            best=sequences[best], others=sequences[:best] + sequences[best + 1 :], timings=longest
+        )
+
+    async def _all_of(self, runs: list) -> list[FinishedSequence]:
+        if len(runs) == 1:
+            return [await runs[0]]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(run) for run in runs]
+        except* LoraplexError as group:
+            raise group.exceptions[0] from None
+        return [task.result() for task in running]
+
+    async def _whole_sequence(
+        self, job: GenerationJob, admitted: AdmittedJob, request_id: str, timings: Timings, started: float
+    ) -> FinishedSequence:
+        if job.best_of is not None and job.best_of > 1:
+            sampling = msgspec.structs.replace(admitted.sampling, seed=new_seed())
+            admitted = AdmittedJob(
+                prompt_token_ids=admitted.prompt_token_ids,
+                sampling=sampling,
+                adapter=admitted.adapter,
+                validation_s=admitted.validation_s,
+            )
+        tokens: list[Token] = []
+        top_tokens: list[list[Token]] = []
+        async with aclosing(self._sequence(job, admitted, request_id, timings, started)) as deltas:
+            async for delta in deltas:
+                tokens += delta.tokens
+                top_tokens += delta.top_tokens
+                if delta.completion is not None:
+                    return FinishedSequence(completion=delta.completion, tokens=tokens, top_tokens=top_tokens)
+        raise IncompleteGeneration("Incomplete generation")
+
+    async def _sequence(
+        self, job: GenerationJob, admitted: AdmittedJob, request_id: str, timings: Timings, started: float
+    ) -> AsyncIterator[TextDelta]:
+        sampling = admitted.sampling
+        text = SequenceText(
+            self.tokenizer, admitted.prompt_token_ids, job.stop, sampling.seed if sampling.do_sample else None
+        )
+        submitted = time.monotonic()
+        request = GenerateRequest(
+            # A client may use its own request id twice; the engine must not see one twice.
+            request_id=f"{request_id}#{next(self._numbers)}",
+            prompt_token_ids=admitted.prompt_token_ids,
+            sampling=sampling,
+            adapter_id=admitted.adapter.adapter_id if admitted.adapter else None,
+            adapter_digest=admitted.adapter.digest if admitted.adapter else None,
+            arrival_time=submitted,
+        )
+        async with aclosing(self._client.submit(request)) as batches:
+            async for outputs in batches:
+                for output in outputs:
+                    if not timings.first_token_s and output.token_ids:
+                        timings.first_token_s = time.monotonic() - started
+                    if output.queue_time_s is not None:
+                        timings.queue_s = output.queue_time_s
+                    delta = text.feed(output)
+                    if delta.completion is not None:
+                        timings.inference_s = max(time.monotonic() - submitted - timings.queue_s, 0.0)
+                        yield delta
+                        return
+                    if delta.tokens:
+                        yield delta
+        raise IncompleteGeneration("Incomplete generation")

@@ -1,0 +1,118 @@
+"""GenerationJob (what any dialect asks for) and TextDelta (what it gets back)."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+StopReason = Literal["length", "eos_token", "stop_sequence"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationJob:
+    """What a client asks for, in no dialect; None is what it left open. Checked by `Admission`."""
+
+    prompt: str
+    adapter_id: str | None = None  # None is the base
+    stream: bool = False
+    best_of: int | None = None
+    max_new_tokens: int | None = None
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    truncate: int | None = None
+    watermark: bool = False
+    top_n_tokens: int | None = None
+    prompt_logprobs: bool = False
+    has_grammar: bool = False
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn: asked for, or implied by any parameter that shapes the draw."""
+        return (
+            self.do_sample
+            or self.temperature not in (None, 1.0)
+            or self.top_k is not None
+            or self.top_p not in (None, 1.0)
+            or self.typical_p not in (None, 1.0)
+        )
+
+
+class Token(msgspec.Struct, frozen=True):
+    """One generated token; its text is "" while it ends inside a character."""
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+class PromptToken(msgspec.Struct, frozen=True):
+    """One token of the prompt; the first has no log-probability."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """The end of one sequence: what a client learns with the last token."""
+
+    text: str
+    finish_reason: StopReason
+    seed: int | None  # None when tokens were not drawn
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    prompt_tokens: list[PromptToken]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextDelta:
+    """What one sequence gained; `completion` is there on the last delta and only there."""
+
+    tokens: list[Token]
+    top_tokens: list[list[Token]]  # one list a token, or empty when none were asked for
+    completion: Completion | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Timings:
+    """Where a job's time went, in seconds."""
+
+    validation_s: float = 0.0
+    queue_s: float = 0.0
+    inference_s: float = 0.0
+    total_s: float = 0.0
+    first_token_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedSequence:
+    """A whole sequence, for answers that are not streamed."""
+
+    completion: Completion
+    tokens: list[Token]
+    top_tokens: list[list[Token]]
+
+    @property
+    def mean_logprob(self) -> float:
+        """The measure by which `best_of` picks its winner."""
+        return sum(token.logprob for token in self.tokens) / max(len(self.tokens), 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedJob:
+    """The best sequence of a job, the others, and the times."""
+
+    best: FinishedSequence
+    others: list[FinishedSequence]
+    timings: Timings = field(default_factory=Timings)

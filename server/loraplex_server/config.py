@@ -1,0 +1,129 @@
+"""Every setting, in frozen dataclasses; the flags, environment names and the settings page are derived from them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def setting(
+    default: Any,
+    help_text: str,
+    *,
+    flag: str | None = None,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+) -> Any:
+    """Declare a setting: its default, one line of help, its flag where that is not the field's name, its bounds."""
+    metadata = {"help": help_text, "flag": flag, "choices": choices, "minimum": minimum}
+    return field(default=default, metadata=metadata)
+
+
+DTYPES = ("float16", "bfloat16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchConfig:
+    """What only the launcher needs: where the model and the adapters come from."""
+
+    model_id: str | None = setting(None, "base model: a local folder or a hub id, which may end in @revision")
+    revision: str | None = setting(None, "hub revision of the base model: branch, tag or commit")
+    served_model_name: str | None = setting(None, "name that /info and /v1/models show; absent: the model id")
+    lora_adapters: tuple[str, ...] = setting((), "adapters, comma-separated: id, id@revision or name=path; repeatable")
+    huggingface_hub_cache: str | None = setting(None, "folder of downloads from the hub")
+    weights_cache_override: str | None = setting(None, "folder to take all files of the base model from")
+    sharded: bool | None = setting(None, "true: use all visible GPUs; false: one rank")
+    hub_token: str | None = None  # a secret: from the environment only, never from a command line that others can read
+    hub_endpoint: str | None = None
+    hub_offline: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSource:
+    """One adapter given at start, checked and on this machine."""
+
+    adapter_id: str
+    path: str
+    digest: str
+    rank: int
+    num_bytes: int
+    source: str = "local"
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """The adapters known at start and the room they may take."""
+
+    sources: tuple[AdapterSource, ...] = ()
+    max_lora_rank: int = setting(512, "highest LoRA rank served; an adapter above it is refused", minimum=1)
+    max_resident_adapters: int = setting(
+        64, "adapters held ready for the model at a time; others wait in host memory", minimum=1
+    )
+    adapter_memory_mb: int = setting(4096, "host memory for adapter weights, in MiB", minimum=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One engine, over all its ranks."""
+
+    model_path: str = ""  # a local folder: the launcher has resolved and downloaded it
+    dtype: str = setting(
+        "auto", "type of weights and computation; auto takes the checkpoint's", choices=("auto", *DTYPES)
+    )
+    device: str = setting("auto", "where the model runs; auto takes the best that is served", choices=DEVICES)
+    num_shard: int = setting(1, "tensor-parallel ranks", minimum=1)
+    quantize: str | None = setting(None, "weight format; taken from the checkpoint when absent")
+    rope_scaling: str | None = setting(None, "RoPE scaling kind", choices=("linear", "dynamic"))
+    rope_factor: float | None = setting(None, "RoPE scaling factor")
+    block_size: int = setting(16, "tokens in a KV block", minimum=1)
+    num_kv_blocks: int = setting(0, "KV blocks; 0 shares out the memory that is left after the weights", minimum=0)
+    kv_memory_fraction: float = setting(0.4, "CPU: share of the free memory that the KV cache may take")
+    prefix_caching: bool = setting(True, "reuse the KV blocks of shared prompt heads")
+    max_input_tokens: int = setting(0, "longest prompt in tokens; 0 means one less than max_total_tokens", minimum=0)
+    max_total_tokens: int = setting(
+        0, "prompt and output of a request; 0 means what model and KV cache allow", minimum=0
+    )
+    max_batch_prefill_tokens: int = setting(512, "prompt tokens computed in one step (chunked prefill)", minimum=1)
+    max_batch_total_tokens: int = setting(0, "tokens of all running sequences; 0 means the KV cache's size", minimum=0)
+    max_batch_size: int = setting(64, "most sequences in a step", minimum=1)
+    cuda_memory_fraction: float = setting(1.0, "share of the GPU's memory allowed")
+    num_threads: int = setting(0, "CPU threads of the engine; 0 means min(cores, 4), or OMP_NUM_THREADS", minimum=0)
+    enable_prefill_logprobs: bool = setting(False, "allow log-probabilities of the prompt's tokens")
+    watermark_gamma: float = setting(0.5, "share of the vocabulary on the watermark's green list")
+    watermark_delta: float = setting(2.0, "bias of the watermark's green list")
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiConfig:
+    """The API process: where it listens and what it lets in."""
+
+    model_id: str = ""  # the name that /info and /v1/models show
+    model_sha: str | None = None
+    hostname: str = setting("0.0.0.0", "address to listen on")
+    port: int = setting(3000, "port to listen on", minimum=1)
+    max_concurrent_requests: int = setting(128, "requests in flight; more are answered 429", minimum=1)
+    max_best_of: int = setting(2, "upper bound of best_of", minimum=1)
+    max_stop_sequences: int = setting(4, "upper bound of the number of stop sequences", minimum=0)
+    max_top_n_tokens: int = setting(5, "upper bound of top_n_tokens", minimum=0)
+    max_client_batch_size: int = setting(4, "most prompts in one completions request", minimum=1)
+    validation_workers: int = setting(2, "threads that tokenise prompts", minimum=1)
+    payload_limit: int = setting(2_000_000, "largest request body in bytes", minimum=1)
+    cors_allow_origin: tuple[str, ...] = setting((), "allowed origins; none given allows any")
+    api_key: tuple[str, ...] = setting((), "bearer key required on every route but health and metrics; repeatable")
+    tokenizer_config_path: str | None = setting(None, "tokenizer_config.json to use instead of the model's")
+    disable_grammar_support: bool = setting(False, "refuse grammars")
+    graceful_termination_timeout: int = setting(90, "seconds to let running requests finish on SIGTERM", minimum=0)
+    json_output: bool = setting(False, "log as one JSON object a line")
+    log_level: str = setting("info", "least important lines that are logged: error, warn, info or debug")
+    otlp_endpoint: str | None = setting(None, "OTLP collector for traces")
+    otlp_service_name: str = setting("text-generation-inference.router", "service name in traces")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """What the launcher hands to each process it starts, as JSON."""
+
+    api: ApiConfig = field(default_factory=ApiConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    link_address: str = ""  # a private folder (mode 0700) for the link's sockets

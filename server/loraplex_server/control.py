@@ -1,0 +1,59 @@
+"""The line between the supervisor and each process it starts: JSON lines over an inherited socket.
+
+The child says `ready`, `progress` or `failed`; the supervisor says `ping`, which the child's loop answers with
+`pong`, and `engine_lost`. The end of the stream means that the other side is gone.
+"""
+
+import json
+import socket
+from typing import Any
+
+
+class ControlLine:
+    """One end of the line; never blocks on reading."""
+
+    def __init__(self, connection: socket.socket):
+        connection.setblocking(False)
+        self._connection = connection
+        self._buffer = b""
+        self.is_closed = False
+
+    @classmethod
+    def from_fd(cls, fd: int) -> "ControlLine":
+        """Take over the inherited file descriptor."""
+        return cls(socket.socket(fileno=fd))
+
+    def fileno(self) -> int:
+        """The descriptor, for a poller."""
+        return self._connection.fileno()
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Say one thing; nothing happens when the other side is gone."""
+        line = json.dumps({"event": event, **fields}).encode() + b"\n"
+        try:
+            self._connection.setblocking(True)
+            self._connection.sendall(line)
+        except OSError:
+            self.is_closed = True
+        finally:
+            self._connection.setblocking(False)
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Everything said since the last call; `is_closed` turns true when the other side is gone."""
+        while not self.is_closed:
+            try:
+                data = self._connection.recv(65536)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""
+            if not data:
+                self.is_closed = True
+                break
+            self._buffer += data
+        *lines, self._buffer = self._buffer.split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def close(self) -> None:
+        """Close this end."""
+        self._connection.close()

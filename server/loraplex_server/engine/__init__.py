@@ -1,0 +1,1 @@
+"""The engine: scheduler, adapter manager, executor and worker; knows no HTTP."""

@@ -1,0 +1,1 @@
+"""Which adapter is in which memory tier."""

@@ -1,0 +1,92 @@
+"""From a StepPlan to the tensors of a ForwardBatch, through tables that are kept per row between steps."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loraplex_models.adapters.slots import AdapterSlots
+from loraplex_models.forward import AttentionBatch, ForwardBatch
+from loraplex_server.engine.step import ScheduledSequence, StepPlan
+
+
+class BatchBuilder:
+    """The block tables of one rank's rows, written by plans only."""
+
+    def __init__(self, num_rows: int, max_blocks: int, block_size: int, slots: AdapterSlots, device: torch.device):
+        self._block_table: NDArray[np.int32] = np.zeros((num_rows, max_blocks), np.int32)
+        self._num_blocks: NDArray[np.int64] = np.zeros(num_rows, np.int64)
+        self._block_size = block_size
+        self._slots = slots
+        self._device = device
+
+    def start_row(self, row: int) -> None:
+        """Empty a row's block table."""
+        self._num_blocks[row] = 0
+
+    def build(self, plan: StepPlan) -> ForwardBatch:
+        """The step's tensors. Rows that give logits: each chunk's last token if it samples, all if it has targets."""
+        sequences = plan.sequences
+        for sequence in sequences:
+            self._append_blocks(sequence)
+        rows = np.array([s.row for s in sequences], np.int64)
+        starts = np.array([s.start for s in sequences], np.int64)
+        lengths = np.array([len(s.token_ids) for s in sequences], np.int64)
+        query_start = np.zeros(len(sequences) + 1, np.int32)
+        np.cumsum(lengths, out=query_start[1:])
+        token_ids = np.fromiter((t for s in sequences for t in s.token_ids), np.int64, int(query_start[-1]))
+        # Positions run start, start + 1, … within each sequence.
+        positions = np.arange(len(token_ids), dtype=np.int64) + np.repeat(starts - query_start[:-1], lengths)
+        blocks, offsets = np.divmod(positions, self._block_size)
+        slot_mapping = self._block_table[np.repeat(rows, lengths), blocks].astype(np.int64) * self._block_size + offsets
+        seq_lens = starts + lengths
+        max_seq_len = int(seq_lens.max())
+        block_table = self._block_table[rows, : -(-max_seq_len // self._block_size)]
+        # Cells beyond a sequence's own blocks may hold what the row had before: name block 0 instead.
+        block_table = np.where(np.arange(block_table.shape[1]) < self._num_blocks[rows, None], block_table, 0)
+        return ForwardBatch(
+            token_ids=self._tensor(token_ids),
+            positions=self._tensor(positions),
+            sample_rows=self._tensor(_sample_rows(sequences, query_start)),
+            attention=AttentionBatch(
+                query_start=self._tensor(query_start),
+                seq_lens=self._tensor(seq_lens.astype(np.int32)),
+                block_table=self._tensor(block_table),
+                slot_mapping=self._tensor(slot_mapping),
+                num_decodes=plan.num_decodes,
+                max_query_len=int(lengths.max()),
+                max_seq_len=max_seq_len,
+            ),
+            lora=self._slots.route(*_segments(sequences)),
+        )
+
+    def _append_blocks(self, sequence: ScheduledSequence) -> None:
+        if sequence.new_block_ids:
+            start = self._num_blocks[sequence.row]
+            end = start + len(sequence.new_block_ids)
+            self._block_table[sequence.row, start:end] = sequence.new_block_ids
+            self._num_blocks[sequence.row] = end
+
+    def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
+def _sample_rows(sequences: list[ScheduledSequence], query_start: NDArray[np.int32]) -> NDArray[np.int64]:
+    rows: list[int] = []
+    for sequence, start, end in zip(sequences, query_start[:-1], query_start[1:], strict=True):
+        if sequence.target_ids:
+            rows += range(start, end)
+        elif sequence.samples:
+            rows.append(end - 1)
+    return np.array(rows, np.int64)
+
+
+def _segments(sequences: list[ScheduledSequence]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Neighbouring tokens of one adapter: N + 1 borders and N slots."""
+    borders, slots = [0], [sequences[0].slot]
+    end = 0
+    for sequence in sequences:
+        if sequence.slot != slots[-1]:
+            borders.append(end)
+            slots.append(sequence.slot)
+        end += len(sequence.token_ids)
+    return (*borders, end), tuple(slots)

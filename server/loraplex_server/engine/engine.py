@@ -1,0 +1,143 @@
+"""The engine: requests in, tokens out, a step at a time. It knows no sockets and no model, only plans and results."""
+
+import time
+
+from loraplex_server.config import EngineConfig
+from loraplex_server.engine.adapters.manager import AdapterManager
+from loraplex_server.engine.block_manager import BlockManager
+from loraplex_server.engine.executor import Executor
+from loraplex_server.engine.scheduler import Progress, Scheduler
+from loraplex_server.engine.sequence import Sequence, new_sequence
+from loraplex_server.engine.stats import StatsCollector
+from loraplex_server.engine.step import StepPlan
+from loraplex_server.engine.worker import RowResult, StepResult
+from loraplex_server.messages import AdapterSpec, GenerateRequest, StepOutput, TokenOutput
+
+# Gauges need not be newer than this; a report costs some microseconds a sequence.
+STATS_INTERVAL_S = 0.05
+
+
+class Engine:
+    """Scheduler, adapters and ranks of one base model."""
+
+    def __init__(self, config: EngineConfig, executor: Executor, *, num_kv_blocks: int, end_token_ids: frozenset[int]):
+        self.blocks = BlockManager(num_kv_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        self.adapters = AdapterManager(
+            config.adapters.max_resident_adapters, config.adapters.adapter_memory_mb * 1024 * 1024
+        )
+        self.scheduler = Scheduler(
+            self.blocks,
+            self.adapters,
+            max_batch_size=config.max_batch_size,
+            max_prefill_tokens=config.max_batch_prefill_tokens,
+            end_token_ids=end_token_ids,
+        )
+        self._executor = executor
+        self._sequences: dict[str, Sequence] = {}
+        self._num_arrived = 0
+        self._refused: list[TokenOutput] = []
+        self._stats = StatsCollector()
+        self._stats_due = 0.0
+        self._has_news = True  # something has changed since the last report
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could do something, now or when an adapter has arrived."""
+        return bool(self._sequences or self._refused or self.adapters.has_ops or self.adapters.num_loading)
+
+    def add(self, request: GenerateRequest) -> None:
+        """Take in a request; a reason why it cannot run comes with the next step's output."""
+        sequence = new_sequence(request, self._num_arrived)
+        self._num_arrived += 1
+        self._has_news = True
+        reason = self.scheduler.add(sequence)
+        if reason is None:
+            self._sequences[request.request_id] = sequence
+        else:
+            error = f"adapter '{request.adapter_id}': {reason}"
+            self._refused.append(TokenOutput(request_id=request.request_id, finish_reason="error", error=error))
+
+    def abort(self, request_id: str) -> None:
+        """End a request without another word; nothing happens if it has ended already."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+            self._has_news = True
+
+    def load_adapter(self, spec: AdapterSpec) -> None:
+        """Make an adapter version known."""
+        self.adapters.register(spec)
+
+    def unload_adapter(self, digest: str) -> None:
+        """Forget an adapter version; sequences that use it go on to their end."""
+        self.adapters.forget(digest)
+
+    def step(self) -> StepOutput | None:
+        """Plan, execute, advance. None when nothing could run and there is nothing to say."""
+        for load in self._executor.finished_loads():
+            self.adapters.loaded(load.digest, load.num_bytes, load.error)
+        outputs, self._refused = self._refused, []
+        outputs += [self._output(progress, None) for progress in self.scheduler.take_failed()]
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            began = time.perf_counter()
+            self._executor.launch(plan)
+            result = self._executor.collect()
+            outputs += self._advance(plan, result)
+            if plan.sequences:
+                self._stats.count_step(plan, result, time.perf_counter() - began)
+                self._has_news = True
+        return self._report(outputs)
+
+    def _advance(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
+        sequences = {sequence.row: sequence for sequence in self.scheduler.running}
+        for planned in plan.sequences:
+            if planned.target_ids and planned.row in sequences:
+                logprobs = sequences[planned.row].prompt_logprobs
+                assert logprobs is not None, "targets were planned for a sequence that wants none"
+                logprobs += result.rows[planned.row].target_logprobs
+        token_ids = {row: r.token_id for row, r in result.rows.items() if r.token_id is not None}
+        rows = {id(sequence): row for row, sequence in sequences.items()}
+        progress = self.scheduler.advance(plan, token_ids)
+        return [self._output(p, result.rows[rows[id(p.sequence)]]) for p in progress]
+
+    def _output(self, progress: Progress, result: RowResult | None) -> TokenOutput:
+        sequence = progress.sequence
+        if progress.finish_reason is not None:
+            del self._sequences[sequence.request_id]
+        if progress.token_id is None or result is None:
+            return TokenOutput(
+                request_id=sequence.request_id, finish_reason=progress.finish_reason, error=progress.error
+            )
+        if sequence.num_output_tokens > 1:
+            return TokenOutput(
+                request_id=sequence.request_id,
+                token_ids=[progress.token_id],
+                logprobs=[result.logprob],
+                top_logprobs=[result.top_logprobs] if result.top_logprobs else [],
+                finish_reason=progress.finish_reason,
+            )
+        self._stats.count_start(sequence)
+        prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        waited = (sequence.first_run_time or 0.0) - sequence.request.arrival_time
+        return TokenOutput(
+            request_id=sequence.request_id,
+            token_ids=[progress.token_id],
+            logprobs=[result.logprob],
+            top_logprobs=[result.top_logprobs] if result.top_logprobs else [],
+            finish_reason=progress.finish_reason,
+            num_cached_tokens=sequence.num_cached_tokens,
+            prompt_logprobs=prompt_logprobs,
+            queue_time_s=max(waited, 0.0),
+        )
+
+    def _report(self, outputs: list[TokenOutput]) -> StepOutput | None:
+        now = time.monotonic()
+        is_due = self._has_news and (now >= self._stats_due or not self._sequences)
+        if not (outputs or is_due):
+            return None
+        if not is_due:
+            return StepOutput(outputs=outputs)
+        self._has_news = bool(self._sequences)
+        self._stats_due = now + STATS_INTERVAL_S
+        return StepOutput(outputs=outputs, stats=self._stats.report(self.scheduler, self.blocks, self.adapters))

@@ -1,0 +1,49 @@
+"""Run a StepPlan on all ranks. Launch and collect are two calls, so that planning can later overlap a running step."""
+
+from typing import Protocol
+
+from loraplex_server.engine.adapters.host_cache import HostLoad
+from loraplex_server.engine.step import StepPlan
+from loraplex_server.engine.worker import StepResult, Worker
+
+
+class Executor(Protocol):
+    """What the engine needs of its ranks."""
+
+    def launch(self, plan: StepPlan) -> None:
+        """Start a step on every rank."""
+
+    def collect(self) -> StepResult:
+        """Wait for the result of the step launched last."""
+
+    def finished_loads(self) -> list[HostLoad]:
+        """Adapters that arrived in host memory, or failed to, since the last call; never waits."""
+
+    def close(self) -> None:
+        """Stop the ranks."""
+
+
+class LocalExecutor:
+    """One rank, in this process: launch computes, collect hands over."""
+
+    def __init__(self, worker: Worker):
+        self._worker = worker
+        self._result: StepResult | None = None
+
+    def launch(self, plan: StepPlan) -> None:
+        """Compute the step."""
+        self._result = self._worker.execute(plan)
+
+    def collect(self) -> StepResult:
+        """The step's result."""
+        assert self._result is not None, "collect without launch"
+        result, self._result = self._result, None
+        return result
+
+    def finished_loads(self) -> list[HostLoad]:
+        """Adapters that arrived in host memory, or failed to, since the last call."""
+        return self._worker.host_cache.finished()
+
+    def close(self) -> None:
+        """Stop the worker's threads."""
+        self._worker.host_cache.close()

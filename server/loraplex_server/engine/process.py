@@ -1,0 +1,229 @@
+"""Entry point of an engine process: load, report ready, then the loop of messages and steps."""
+
+import logging
+import signal
+import time
+
+import torch
+
+from loraplex_models.adapters.manifest import ManifestError, check_adapter
+from loraplex_models.adapters.weights import AdapterWeights, load_adapter_weights
+from loraplex_models.config import ModelConfigError, read_config
+from loraplex_models.decoder import CausalLM
+from loraplex_models.loader import CheckpointError, load_model
+from loraplex_models.parallel import ParallelGroup
+from loraplex_server.config import EngineConfig, ServeConfig
+from loraplex_server.control import ControlLine
+from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.executor import LocalExecutor
+from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_limits
+from loraplex_server.engine.sampler import Sampler
+from loraplex_server.engine.worker import Worker
+from loraplex_server.link import EngineLink
+from loraplex_server.messages import (
+    AbortRequest,
+    AdapterSpec,
+    EngineReady,
+    GenerateRequest,
+    LoadAdapter,
+    ToEngine,
+    UnloadAdapter,
+)
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# How long the loop sleeps when nothing is to be done; a message ends the sleep at once.
+IDLE_WAIT_S = 1.0
+# How long it sleeps when every sequence waits for an adapter that a reader thread is still loading.
+LOADING_WAIT_S = 0.002
+# Loading is reported to the supervisor this often.
+PROGRESS_INTERVAL_S = 0.2
+
+
+def build_engine(config: EngineConfig, model: CausalLM, limits: Limits) -> Engine:
+    """The engine of one process: one rank on the device that the model is on."""
+    device = torch.device(resolve_device(config.device))
+    dtype = resolve_dtype(config.dtype, model.config.dtype)
+
+    def read_adapter(path: str) -> AdapterWeights:
+        manifest = check_adapter(path, model.config, max_rank=config.adapters.max_lora_rank)
+        return load_adapter_weights(path, manifest, dtype=dtype)
+
+    sampler = Sampler(
+        config.max_batch_size,
+        model.config.vocab_size,
+        device,
+        watermark_gamma=config.watermark_gamma,
+        watermark_delta=config.watermark_delta,
+    )
+    worker = Worker(
+        model,
+        num_kv_blocks=limits.num_kv_blocks,
+        block_size=config.block_size,
+        max_batch_size=config.max_batch_size,
+        max_total_tokens=limits.max_total_tokens,
+        num_slots=config.adapters.max_resident_adapters,
+        read_adapter=read_adapter,
+        sampler=sampler,
+        device=device,
+    )
+    return Engine(
+        config,
+        LocalExecutor(worker),
+        num_kv_blocks=limits.num_kv_blocks,
+        end_token_ids=frozenset(model.config.end_token_ids),
+    )
+
+
+def resolve_device(name: str) -> str:
+    """«auto» is the GPU where there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_dtype(name: str, checkpoint_dtype: str) -> torch.dtype:
+    """«auto» is what the checkpoint holds."""
+    return DTYPES[checkpoint_dtype if name == "auto" else name]
+
+
+def run(config: ServeConfig, control: ControlLine) -> int:
+    """The life of an engine process; returns its exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor stops us in order
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
+    if config.engine.num_threads:
+        torch.set_num_threads(config.engine.num_threads)
+    try:
+        model = _load(config.engine, control)
+        limits = settle_limits(config.engine, model.config, model.kv_bytes_per_block(config.engine.block_size))
+        engine = build_engine(config.engine, model, limits)
+    except (CheckpointError, ModelConfigError, ManifestError, NotEnoughMemory) as error:
+        control.send("failed", error=str(error))
+        return 1
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        control.send("failed", error=f"out of memory while loading: {error}; try a smaller model or a shorter dtype")
+        return 1
+    for source in config.engine.adapters.sources:
+        engine.load_adapter(
+            AdapterSpec(
+                adapter_id=source.adapter_id,
+                digest=source.digest,
+                path=source.path,
+                rank=source.rank,
+                num_bytes=source.num_bytes,
+                source=source.source,
+                revision=source.revision,
+            )
+        )
+    link = EngineLink(config.link_address)
+    link.send(_ready(config.engine, model, limits))
+    control.send("ready", report=_capacity_report(config.engine, model, limits))
+    try:
+        _loop(engine, link, control, stopping)
+    finally:
+        link.close()
+    return 0
+
+
+def _load(config: EngineConfig, control: ControlLine) -> CausalLM:
+    last_report = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last_report
+        now = time.monotonic()
+        if now - last_report >= PROGRESS_INTERVAL_S or done == total:
+            last_report = now
+            _answer_pings(control)
+            control.send("progress", phase="loading weights", done=done, total=total)
+
+    return load_model(
+        config.model_path,
+        dtype=resolve_dtype(config.dtype, read_config(config.model_path).dtype),
+        device=torch.device(resolve_device(config.device)),
+        group=ParallelGroup.single(),
+        rope_scaling=config.rope_scaling,
+        rope_factor=config.rope_factor,
+        progress=progress,
+    )
+
+
+def _loop(engine: Engine, link: EngineLink, control: ControlLine, stopping: list[int]) -> None:
+    link.watch(control.fileno())
+    while not stopping:
+        _answer_pings(control)
+        if control.is_closed:
+            logger.warning("the supervisor is gone; the engine stops")
+            return
+        for message in link.receive():
+            _take(engine, message)
+        output = engine.step()
+        if output is not None:
+            link.send(output)
+        elif engine.has_work:
+            link.wait(LOADING_WAIT_S)
+        else:
+            link.wait(IDLE_WAIT_S)
+
+
+def _take(engine: Engine, message: ToEngine) -> None:
+    match message:
+        case GenerateRequest():
+            engine.add(message)
+        case AbortRequest(request_id=request_id):
+            engine.abort(request_id)
+        case LoadAdapter(spec=spec):
+            engine.load_adapter(spec)
+        case UnloadAdapter(digest=digest):
+            engine.unload_adapter(digest)
+
+
+def _answer_pings(control: ControlLine) -> None:
+    for event in control.receive():
+        if event["event"] == "ping":
+            control.send("pong", **{key: value for key, value in event.items() if key != "event"})
+
+
+def _ready(config: EngineConfig, model: CausalLM, limits: Limits) -> EngineReady:
+    return EngineReady(
+        max_input_tokens=limits.max_input_tokens,
+        max_total_tokens=limits.max_total_tokens,
+        max_batch_prefill_tokens=config.max_batch_prefill_tokens,
+        max_batch_total_tokens=limits.num_kv_blocks * config.block_size,
+        max_batch_size=config.max_batch_size,
+        num_kv_blocks=limits.num_kv_blocks,
+        block_size=config.block_size,
+        vocab_size=model.config.vocab_size,
+        end_token_ids=list(model.config.end_token_ids),
+        dtype=str(resolve_dtype(config.dtype, model.config.dtype)).removeprefix("torch."),
+        device=resolve_device(config.device),
+        max_loras=config.adapters.max_resident_adapters,
+    )
+
+
+def _capacity_report(config: EngineConfig, model: CausalLM, limits: Limits) -> list[str]:
+    """What fits, in lines for a person."""
+    mib = 1024 * 1024
+    dtype = str(resolve_dtype(config.dtype, model.config.dtype)).removeprefix("torch.")
+    budget = config.adapters.adapter_memory_mb * mib
+    lines = [
+        f"engine: {dtype} on {resolve_device(config.device)}, {torch.get_num_threads()} threads, 1 rank",
+        f"weights: {model.num_bytes / mib:.0f} MiB",
+        f"KV cache: {limits.num_kv_blocks} blocks of {config.block_size} tokens = "
+        f"{limits.num_kv_blocks * config.block_size} tokens, {limits.kv_bytes / mib:.0f} MiB; "
+        f"requests up to {limits.max_input_tokens} + output = {limits.max_total_tokens} tokens",
+    ]
+    used = 0
+    for source in config.adapters.sources:
+        used += source.num_bytes
+        lines.append(f"adapter '{source.adapter_id}': rank {source.rank}, {source.num_bytes / mib:.1f} MiB")
+    if config.adapters.sources:
+        largest = max(source.num_bytes for source in config.adapters.sources)
+        lines.append(
+            f"adapters: {len(config.adapters.sources)} known, {used / mib:.1f} of {budget / mib:.0f} MiB; "
+            f"{max(budget - used, 0) // largest} more of the largest one's size fit in memory, "
+            f"{config.adapters.max_resident_adapters} may run at a time"
+        )
+    return lines

@@ -1,0 +1,80 @@
+"""A request inside the engine: its tokens and progress."""
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+from enum import Enum
+
+from loraplex_server.engine.block_manager import hash_block, root_hash
+from loraplex_server.messages import GenerateRequest
+
+
+class Status(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request's tokens and progress; only the scheduler moves it.
+
+    `token_ids` are prompt and output; `num_computed_tokens` of them have keys and values in `block_ids`.
+    `block_hashes` name the full blocks of `token_ids`, as far as they were asked for; the first
+    `num_committed_blocks` of them can be found by other sequences.
+    """
+
+    request: GenerateRequest
+    order: int  # of arrival; the oldest is the last to be preempted
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_committed_blocks: int = 0
+    row: int = -1
+    slot: int = -1
+    status: Status = Status.WAITING
+    first_run_time: float | None = None
+    times_overtaken: int = 0
+    prompt_logprobs: list[float | None] | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens still without keys and values: 1 when decoding."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def uncomputed(self, count: int) -> Tokens[int]:
+        """The next `count` tokens to compute."""
+        return self.token_ids[self.num_computed_tokens : self.num_computed_tokens + count]
+
+    def hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
+        """The names of the first `num_blocks` full blocks; tokens are only ever appended, so they stay valid."""
+        known = self.block_hashes
+        for index in range(len(known), num_blocks):
+            parent = known[-1] if known else root_hash(self.request.adapter_digest)
+            known.append(hash_block(parent, self.token_ids[index * block_size : (index + 1) * block_size]))
+        return known[:num_blocks]
+
+
+def new_sequence(request: GenerateRequest, order: int) -> Sequence:
+    """A waiting sequence for a request."""
+    return Sequence(
+        request=request,
+        order=order,
+        token_ids=list(request.prompt_token_ids),
+        num_prompt_tokens=len(request.prompt_token_ids),
+        prompt_logprobs=[None] if request.sampling.prompt_logprobs else None,
+    )

@@ -1,0 +1,79 @@
+"""Counts and times of the steps since the last report, for metrics and the log."""
+
+from collections import Counter
+
+from loraplex_server.engine.adapters.manager import AdapterManager
+from loraplex_server.engine.block_manager import BlockManager
+from loraplex_server.engine.scheduler import Scheduler
+from loraplex_server.engine.sequence import Sequence
+from loraplex_server.engine.step import StepPlan
+from loraplex_server.engine.worker import StepResult
+from loraplex_server.messages import EngineStats
+
+
+class StatsCollector:
+    """Counts steps; `report` gives what was counted and starts anew."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._prefill_step_s: list[float] = []
+        self._decode_step_s: list[float] = []
+        self._forward_s: list[float] = []
+        self._sample_s: list[float] = []
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_cached_tokens = 0
+        self._num_preemptions = 0
+
+    def count_step(self, plan: StepPlan, result: StepResult, step_s: float) -> None:
+        """Take in one step that computed tokens."""
+        is_decode = plan.num_decodes == len(plan.sequences)
+        (self._decode_step_s if is_decode else self._prefill_step_s).append(step_s)
+        self._forward_s.append(result.forward_s)
+        self._sample_s.append(result.sample_s)
+        self._num_prompt_tokens += sum(len(s.token_ids) for s in plan.sequences[plan.num_decodes :])
+        self._num_generated_tokens += sum(s.samples for s in plan.sequences)
+
+    def count_start(self, sequence: Sequence) -> None:
+        """Take in a sequence that ran for the first time."""
+        self._num_cached_tokens += sequence.num_cached_tokens
+
+    def report(self, scheduler: Scheduler, blocks: BlockManager, adapters: AdapterManager) -> EngineStats:
+        """Gauges of now and the counts since the last report."""
+        preemptions = scheduler.num_preemptions - self._num_preemptions
+        loading = [s for s in scheduler.waiting if _waits_for_adapter(s, adapters)]
+        stats = EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_waiting_for_adapter=len(loading),
+            num_kv_blocks=blocks.num_blocks,
+            num_kv_blocks_used=blocks.num_used,
+            num_running_tokens=sum(len(s.token_ids) for s in scheduler.running),
+            num_adapters_resident=len(adapters.resident_ids()),
+            num_adapter_pins=adapters.num_pins,
+            resident_adapter_ids=adapters.resident_ids(),
+            running_adapters=_adapter_counts(scheduler.running),
+            waiting_adapters=_adapter_counts(scheduler.waiting),
+            num_preemptions=preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            prefill_step_s=self._prefill_step_s,
+            decode_step_s=self._decode_step_s,
+            forward_s=self._forward_s,
+            sample_s=self._sample_s,
+        )
+        self._reset()
+        self._num_preemptions = scheduler.num_preemptions
+        return stats
+
+
+def _waits_for_adapter(sequence: Sequence, adapters: AdapterManager) -> bool:
+    digest = sequence.request.adapter_digest
+    return digest is not None and not adapters.is_loaded(digest)
+
+
+def _adapter_counts(sequences: list[Sequence]) -> dict[str, int]:
+    return dict(Counter(s.request.adapter_id for s in sequences if s.request.adapter_id))

@@ -1,0 +1,114 @@
+"""One rank: the model, its KV cache and its adapter slots. It obeys StepPlans and decides nothing."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from loraplex_models.adapters.slots import AdapterSlots
+from loraplex_models.adapters.weights import AdapterWeights
+from loraplex_models.decoder import CausalLM
+from loraplex_server.engine.adapters.host_cache import HostCache
+from loraplex_server.engine.batch_builder import BatchBuilder
+from loraplex_server.engine.sampler import Sampler
+from loraplex_server.engine.step import AdapterOp, StepPlan
+from loraplex_server.messages import TopLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What one row of a step gave. `target_logprobs` belong to the plan's target_ids; token_id -1: no finite score."""
+
+    token_id: int | None = None
+    logprob: float = 0.0
+    top_logprobs: list[TopLogprob] = field(default_factory=list)
+    target_logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """A step's results by row, and where its time went."""
+
+    rows: dict[int, RowResult]
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+
+
+class Worker:
+    """One rank's tensors. `read_adapter` turns an adapter's folder into this rank's weights."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        num_kv_blocks: int,
+        block_size: int,
+        max_batch_size: int,
+        max_total_tokens: int,
+        num_slots: int,
+        read_adapter: Callable[[str], AdapterWeights],
+        sampler: Sampler,
+        device: torch.device,
+    ):
+        self.host_cache = HostCache(read_adapter)
+        self._model = model
+        self._kv_cache = model.new_kv_cache(num_kv_blocks, block_size)
+        self._slots = AdapterSlots(model, num_slots)
+        self._sampler = sampler
+        max_blocks = -(-max_total_tokens // block_size)
+        self._builder = BatchBuilder(max_batch_size, max_blocks, block_size, self._slots, device)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step: adapter operations, forward pass, choice of tokens."""
+        for operation in plan.adapter_ops:
+            self._apply(operation)
+        for row in plan.row_ends:
+            self._sampler.remove(row)
+        for start in plan.row_starts:
+            self._builder.start_row(start.row)
+            self._sampler.add(start.row, start.sampling, start.token_ids, start.num_output_tokens)
+        if not plan.sequences:
+            return StepResult({})
+        began = time.perf_counter()
+        logits = self._model.forward(self._builder.build(plan), self._kv_cache)
+        computed = time.perf_counter()
+        rows = self._choose(plan, logits)
+        return StepResult(rows, computed - began, time.perf_counter() - computed)
+
+    def _apply(self, operation: AdapterOp) -> None:
+        match operation.kind:
+            case "host_load":
+                self.host_cache.load(operation.digest, operation.path)
+            case "host_evict":
+                self.host_cache.evict(operation.digest)
+            case "slot_load":
+                self._slots.set(operation.slot, self.host_cache.get(operation.digest))
+            case "slot_clear":
+                self._slots.clear(operation.slot)
+
+    def _choose(self, plan: StepPlan, logits: torch.Tensor) -> dict[int, RowResult]:
+        """Tokens for the rows that sample and log-probabilities for those with targets; logits: [S, vocab]."""
+        sampling_rows: list[int] = []
+        sampling_lines: list[int] = []
+        targets: dict[int, list[float]] = {}
+        line = 0
+        for sequence in plan.sequences:
+            count = len(sequence.token_ids) if sequence.target_ids else int(sequence.samples)
+            if sequence.target_ids:
+                wanted = logits[line : line + len(sequence.target_ids)]
+                targets[sequence.row] = self._sampler.prompt_logprobs(wanted, sequence.target_ids)
+            line += count
+            if sequence.samples:
+                sampling_rows.append(sequence.row)
+                sampling_lines.append(line - 1)
+        results = {row: RowResult(target_logprobs=values) for row, values in targets.items()}
+        if sampling_rows:
+            chosen = logits if len(sampling_lines) == len(logits) else logits[sampling_lines]
+            sampled = self._sampler.sample(chosen, sampling_rows)
+            for row, token_id, logprob, top in zip(
+                sampling_rows, sampled.token_ids, sampled.logprobs, sampled.top_logprobs, strict=True
+            ):
+                results[row] = RowResult(token_id, logprob, top, targets.get(row, []))
+        return results

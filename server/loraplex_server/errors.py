@@ -1,0 +1,122 @@
+"""The exceptions that reach a client, in one tree.
+
+    LoraplexError
+    ├── InvalidRequest              422 validation: a field is out of bounds
+    │   ├── MalformedRequest        422 validation: a field is missing or of the wrong type
+    │   └── InvalidBody             400 invalid_json: the body does not parse
+    ├── BodyTooLarge                413 payload_too_large
+    ├── BodyTimeout                 408 timeout: the body came too slowly
+    ├── UnsupportedMediaType        415 unsupported_media_type
+    ├── Unauthorized                401 unauthorized
+    ├── AdapterError
+    │   ├── AdapterNotFound         404 adapter_not_found
+    │   ├── AdapterForbidden        403 adapter_forbidden: the source refuses
+    │   ├── AdapterRefused          422 adapter_invalid | adapter_incompatible | adapter_unsupported | adapter_too_large
+    │   └── AdapterUnavailable      424 adapter_unavailable: the source is down or too slow
+    ├── Overloaded                  429 overloaded
+    ├── GenerationFailed            424 generation: the engine failed on this request
+    ├── IncompleteGeneration        500 incomplete_generation: the token stream ended early
+    └── NotReady                    503 healthcheck: before the first ready, or while stopping
+
+Only `api/http_errors.py` knows status codes; the numbers above are for the reader.
+"""
+
+
+class LoraplexError(Exception):
+    """The root: `error_type` is the word a client sees, the message says cause, limit and fix."""
+
+    error_type = "internal"
+
+
+class InvalidRequest(LoraplexError):
+    """A field of the request is missing, of the wrong type or out of bounds."""
+
+    error_type = "validation"
+
+
+class InvalidBody(InvalidRequest):
+    """The body is not JSON."""
+
+    error_type = "invalid_json"
+
+
+class MalformedRequest(InvalidRequest):
+    """The body is JSON, but a field is missing or of the wrong type; the message is whole as it is."""
+
+
+class BodyTooLarge(LoraplexError):
+    """The body is larger than the server reads."""
+
+    error_type = "payload_too_large"
+
+
+class BodyTimeout(LoraplexError):
+    """The body did not arrive in time."""
+
+    error_type = "timeout"
+
+
+class UnsupportedMediaType(LoraplexError):
+    """The body is not announced as JSON."""
+
+    error_type = "unsupported_media_type"
+
+
+class Unauthorized(LoraplexError):
+    """The API key is missing or wrong."""
+
+    error_type = "unauthorized"
+
+
+class AdapterError(LoraplexError):
+    """The adapter that a request names cannot serve it."""
+
+    error_type = "adapter_unavailable"
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter of that name is known."""
+
+    error_type = "adapter_not_found"
+
+
+class AdapterForbidden(AdapterError):
+    """The adapter's source refuses access."""
+
+    error_type = "adapter_forbidden"
+
+
+class AdapterRefused(AdapterError):
+    """The adapter's files are broken, do not fit the base model, need what is not served, or are too large."""
+
+    def __init__(self, message: str, error_type: str = "adapter_invalid"):
+        super().__init__(message)
+        self.error_type = error_type
+
+
+class AdapterUnavailable(AdapterError):
+    """The adapter's source is down or too slow; a later try may work."""
+
+
+class Overloaded(LoraplexError):
+    """More requests than the server admits; a later try may work."""
+
+    error_type = "overloaded"
+
+
+class GenerationFailed(LoraplexError):
+    """The engine failed while it worked on this request."""
+
+    error_type = "generation"
+
+
+class IncompleteGeneration(LoraplexError):
+    """The engine's token stream ended without a finish reason."""
+
+    error_type = "incomplete_generation"
+
+
+class NotReady(LoraplexError):
+    """The server is loading or stopping."""
+
+    error_type = "healthcheck"
