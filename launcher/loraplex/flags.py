@@ -13,7 +13,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loraplex.foreign_flags import ALIASES, IGNORED
+from loraplex.foreign_flags import ALIASES, IGNORED, NOT_YET
 from loraplex_server.config import AdapterConfig, ApiConfig, EngineConfig, LaunchConfig, ServeConfig
 
 GROUPS: tuple[type, ...] = (LaunchConfig, ApiConfig, EngineConfig, AdapterConfig)
@@ -40,7 +40,7 @@ class SettingField:
     default: Any
     help: str
     choices: tuple[str, ...]
-    minimum: float | None
+    minimum: int | None
 
     @property
     def env_name(self) -> str:
@@ -102,6 +102,7 @@ def _warn(context: click.Context, message: str) -> None:
 def _option(field: SettingField) -> click.Option:
     spellings = [field.name, field.flag, *ALIASES.get(field.name, ())]
     common: dict[str, Any] = {"default": field.default, "envvar": field.env_name, "help": field.help}
+    value_type: click.ParamType[Any]
     if field.kind is tuple:
         # A key may hold any character, so API_KEY is one key.
         value_type = _TextItems(None if field.name == "api_key" else ",")
@@ -135,7 +136,9 @@ def options() -> list[click.Parameter]:
         name = ignored.flag[2:].replace("-", "_")
         kind: dict[str, Any] = {} if ignored.takes_value else {"is_flag": True}
         result.append(
-            _SettingOption([ignored.flag], envvar=name.upper(), help=f"no effect: {ignored.reason}", hidden=True, **kind)
+            _SettingOption(
+                [ignored.flag], envvar=name.upper(), help=f"no effect: {ignored.reason}", hidden=True, **kind
+            )
         )
     return result
 
@@ -176,7 +179,7 @@ def _check_limits(context: click.Context) -> None:
 
 
 def _warn_of_near_misses(context: click.Context, known: set[str]) -> None:
-    """A variable that is almost one of ours was probably meant to be it; long names only, so that chance is no cause."""
+    """A variable that is almost one of ours was probably meant to be it; short names are alike by chance."""
     candidates = [name for name in known if len(name) >= 8 and "_" in name]
     for name in os.environ.keys() - known:
         if "_" in name and (near := difflib.get_close_matches(name, candidates, n=1, cutoff=0.92)):
@@ -189,6 +192,9 @@ def settings_from(context: click.Context) -> Settings:
     for ignored in IGNORED:
         if _was_given(context, ignored.flag[2:].replace("-", "_")):
             _warn(context, f"{ignored.flag} has no effect: {ignored.reason}")
+    for name, reason in NOT_YET.items():
+        if _was_given(context, name):
+            _warn(context, f"--{name.replace('_', '-')} has no effect: {reason}")
     if values["max_input_length"]:
         if _was_given(context, "max_input_tokens"):
             raise click.UsageError("--max-input-length is the old name of --max-input-tokens: give one of them")

@@ -53,6 +53,14 @@ IGNORED = (
     IgnoredFlag("--max-cpu-loras", "host memory for adapters is bounded in MiB (--adapter-memory-mb)"),
 )
 
+# Settings of ours that nothing reads yet, with the reason; giving one is answered like a flag without effect.
+NOT_YET: dict[str, str] = {
+    "cuda_memory_fraction": "the model runs on the CPU (--kv-memory-fraction shares out its memory)",
+    "disable_grammar_support": "grammars are not served yet, every one is refused",
+    "otlp_endpoint": "traces are not exported yet",
+    "otlp_service_name": "traces are not exported yet",
+}
+
 
 def spread_lora_modules(args: list[str]) -> list[str]:
     """vLLM's `--lora-modules a=x b=y` as one flag a module; every other argument stays as it is."""

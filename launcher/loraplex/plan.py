@@ -7,6 +7,7 @@ from loraplex.flags import Settings
 from loraplex.launch_error import LaunchError
 from loraplex.machine import Machine
 from loraplex_models.config import ModelConfig
+from loraplex_models.registry import ARCHITECTURES
 from loraplex_server.config import DTYPES, AdapterSource, EngineConfig, ServeConfig
 
 # Beyond four threads a decode step gains little, and on a shared machine it loses.
@@ -55,7 +56,9 @@ def check_served(settings: Settings) -> None:
     """Refuse, before anything is downloaded, what this version does not serve."""
     launch, engine = settings.launch, settings.serve.engine
     if not (launch.model_id or launch.weights_cache_override):
-        raise LaunchError("no model given: name one with --model-id (a local folder or a hub id), or run 'loraplex demo'")
+        raise LaunchError(
+            "no model given: name one with --model-id (a local folder or a hub id), or run 'loraplex demo'"
+        )
     if engine.num_shard > 1 or launch.sharded:
         raise LaunchError("tensor-parallel shards are not served yet: leave --num-shard at 1 and --sharded out")
     if engine.quantize:
@@ -71,6 +74,11 @@ def make_plan(settings: Settings, facts: CheckpointFacts, machine: Machine, *, o
     Raises LaunchError.
     """
     engine = settings.serve.engine
+    if facts.config.architecture not in ARCHITECTURES:
+        raise LaunchError(
+            f"model '{facts.model_id}' has the architecture {facts.config.architecture}, which is not served; "
+            f"served are {', '.join(ARCHITECTURES)}"
+        )
     dtype = _dtype(engine.dtype, facts)
     _check_memory(facts, dtype, machine)
     device = "cpu" if engine.device == "auto" else engine.device

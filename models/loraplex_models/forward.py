@@ -24,6 +24,24 @@ class AttentionBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraDelta:
+    """The stacked weights of a tile's adapters for one linear: R rank rows in all. See loraplex_kernels.lora."""
+
+    a: Tensor  # [R, in], packed
+    b: Tensor  # [R, out], packed
+    foreign: Tensor | None  # [tile's tokens, R] bool: the rank row is not of the token's adapter; None: all rows are
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTile:
+    """A run of tokens whose adapters are computed together."""
+
+    start: int
+    end: int
+    deltas: tuple[LoraDelta | None, ...]  # by the linear's index; None where no adapter of the tile touches it
+
+
+@dataclass(frozen=True, slots=True)
 class LoraBatch:
     """Which adapter each token has. Tokens of one adapter that stand together are a segment."""
 
@@ -31,6 +49,7 @@ class LoraBatch:
     segment_start: tuple[int, ...]  # N + 1 values, ascending from 0 to T
     segment_slots: tuple[int, ...]  # N values; -1 for tokens without an adapter
     max_rank: int
+    tiles: tuple[LoraTile, ...]  # ascending, without overlap; tokens in no tile have no adapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ def setting(
     *,
     flag: str | None = None,
     choices: tuple[str, ...] = (),
-    minimum: float | None = None,
+    minimum: int | None = None,
 ) -> Any:
     """Declare a setting: its default, one line of help, its flag where that is not the field's name, its bounds."""
     metadata = {"help": help_text, "flag": flag, "choices": choices, "minimum": minimum}
@@ -116,6 +116,9 @@ class ApiConfig:
     graceful_termination_timeout: int = setting(90, "seconds to let running requests finish on SIGTERM", minimum=0)
     json_output: bool = setting(False, "log as one JSON object a line")
     log_level: str = setting("info", "least important lines that are logged: error, warn, info or debug")
+    compute_type: str | None = setting(
+        None, "text of the x-compute-type header; absent: cpu+optimized or gpu+optimized"
+    )
     otlp_endpoint: str | None = setting(None, "OTLP collector for traces")
     otlp_service_name: str = setting("text-generation-inference.router", "service name in traces")
 

@@ -1,7 +1,8 @@
 """The line between the supervisor and each process it starts: JSON lines over an inherited socket.
 
 The child says `ready`, `progress` or `failed`; the supervisor says `ping`, which the child's loop answers with
-`pong`, and `engine_lost`. The end of the stream means that the other side is gone.
+`pong`, `engine_lost`, and `stop`, which follows a SIGTERM and only wakes a child that waits on its line. The end of
+the stream means that the other side is gone.
 """
 
 import json

@@ -14,6 +14,7 @@
     │   ├── AdapterRefused          422 adapter_invalid | adapter_incompatible | adapter_unsupported | adapter_too_large
     │   └── AdapterUnavailable      424 adapter_unavailable: the source is down or too slow
     ├── Overloaded                  429 overloaded
+    ├── ClientGone                  499 client_closed_request: nobody reads it
     ├── GenerationFailed            424 generation: the engine failed on this request
     ├── IncompleteGeneration        500 incomplete_generation: the token stream ended early
     └── NotReady                    503 healthcheck: before the first ready, or while stopping
@@ -108,6 +109,12 @@ class GenerationFailed(LoraplexError):
     """The engine failed while it worked on this request."""
 
     error_type = "generation"
+
+
+class ClientGone(LoraplexError):
+    """The client closed the connection before its answer was there."""
+
+    error_type = "client_closed_request"
 
 
 class IncompleteGeneration(LoraplexError):

@@ -33,7 +33,8 @@ class ApiLink:
 
     async def receive(self) -> FromEngine:
         """Wait for the engine's next message."""
-        return decode_from_engine(await self._from_engine.recv())
+        message: FromEngine = decode_from_engine(await self._from_engine.recv())
+        return message
 
     def close(self) -> None:
         """Close both pipes; what was not sent is dropped."""
@@ -60,7 +61,7 @@ class EngineLink:
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until something arrives, or `timeout_s` has passed."""
-        self._poller.poll(timeout_s * 1000)
+        self._poller.poll(int(timeout_s * 1000))
 
     def receive(self) -> list[ToEngine]:
         """Everything that has arrived, oldest first; never waits."""

@@ -16,7 +16,7 @@ LEVELS |= {"debug": logging.DEBUG, "trace": logging.DEBUG, "off": logging.CRITIC
 class _Formatter(logging.Formatter):
     """What both forms share: the process's name and the moment in UTC."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 

@@ -148,10 +148,6 @@ class Admission:
                 )
 
     async def _tokenise(self, job: GenerationJob) -> list[int]:
-        try:
-            job.prompt.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"tokenizer error `inputs` is not valid Unicode: {error.reason}") from error
         token_ids = await self._tokenizer.encode_async(job.prompt)
         return token_ids if job.truncate is None else token_ids[-job.truncate :]
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 from loraplex_server.errors import GenerationFailed, LoraplexError
@@ -79,7 +79,7 @@ class EngineClient:
         """Wait until the engine can serve."""
         return await asyncio.shield(self._ready)
 
-    async def submit(self, request: GenerateRequest) -> AsyncIterator[list[TokenOutput]]:
+    async def submit(self, request: GenerateRequest) -> AsyncGenerator[list[TokenOutput], None]:
         """Send a request and yield its outputs, all that wait at a time, up to the finish reason.
 
         A reader that leaves early (or is cancelled) takes its request off the engine.

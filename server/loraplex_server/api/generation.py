@@ -1,20 +1,21 @@
 """One job's life: admit, submit, stream the text, stop, cancel; `best_of`."""
 
 import asyncio
+import dataclasses
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 
 import msgspec
 
 from loraplex_server.api.admission import Admission, AdmittedJob, new_seed
 from loraplex_server.api.client import EngineClient
-from loraplex_server.api.job import FinishedJob, FinishedSequence, GenerationJob, TextDelta, Timings, Token
+from loraplex_server.api.job import Completion, FinishedJob, FinishedSequence, GenerationJob, TextDelta, Token
 from loraplex_server.api.sequence_text import SequenceText
 from loraplex_server.errors import IncompleteGeneration, LoraplexError
-from loraplex_server.messages import GenerateRequest
-from loraplex_server.metrics import Metrics
+from loraplex_server.messages import GenerateRequest, TokenOutput
+from loraplex_server.metrics import Metrics, Timings
 from loraplex_server.text.tokenizer import Tokenizer
 
 
@@ -28,21 +29,21 @@ class Generator:
         self._metrics = metrics
         self._numbers = itertools.count()
 
-    async def stream(self, job: GenerationJob, request_id: str) -> AsyncIterator[TextDelta]:
+    async def stream(self, job: GenerationJob, request_id: str) -> AsyncGenerator[TextDelta, None]:
         """Yield the job's text as it comes; ends after the delta that has a completion."""
         started = time.monotonic()
         with self._metrics.job() as measured:
             self.admission.check_shape(job)
             with self.admission.permits(1):
                 admitted = await self.admission.admit(job)
-                measured.admitted(admitted.adapter, admitted.sampling.max_new_tokens)
+                measured.admitted(job.adapter_id, admitted.sampling.max_new_tokens)
                 timings = Timings(validation_s=admitted.validation_s)
                 async with aclosing(self._sequence(job, admitted, request_id, timings, started)) as deltas:
                     async for delta in deltas:
                         if delta.completion is not None:
                             # Before the yield: a client may close the connection on the last event.
                             timings.total_s = time.monotonic() - started
-                            measured.finished([delta.completion], timings)
+                            measured.finished([_lengths(delta.completion)], timings)
                         yield delta
 
     async def complete(self, job: GenerationJob, request_id: str) -> FinishedJob:
@@ -53,20 +54,18 @@ class Generator:
             number = job.best_of or 1
             with self.admission.permits(number):
                 admitted = await self.admission.admit(job)
-                measured.admitted(admitted.adapter, admitted.sampling.max_new_tokens)
+                measured.admitted(job.adapter_id, admitted.sampling.max_new_tokens)
                 timings = [Timings(validation_s=admitted.validation_s) for _ in range(number)]
                 sequences = await self._all_of(
                     [self._whole_sequence(job, admitted, request_id, one, started) for one in timings]
                 )
                 longest = max(timings, key=lambda one: one.queue_s + one.inference_s)
                 longest.total_s = time.monotonic() - started
-                measured.finished([sequence.completion for sequence in sequences], longest)
+                measured.finished([_lengths(sequence.completion) for sequence in sequences], longest)
         best = max(range(number), key=lambda i: sequences[i].mean_logprob)
-        return FinishedJob(
-            best=sequences[best], others=sequences[:best] + sequences[best + 1 :], timings=longest
-        )
+        return FinishedJob(best=sequences[best], others=sequences[:best] + sequences[best + 1 :], timings=longest)
 
-    async def _all_of(self, runs: list) -> list[FinishedSequence]:
+    async def _all_of(self, runs: list[Coroutine[None, None, FinishedSequence]]) -> list[FinishedSequence]:
         if len(runs) == 1:
             return [await runs[0]]
         try:
@@ -81,12 +80,7 @@ class Generator:
     ) -> FinishedSequence:
         if job.best_of is not None and job.best_of > 1:
             sampling = msgspec.structs.replace(admitted.sampling, seed=new_seed())
-            admitted = AdmittedJob(
-                prompt_token_ids=admitted.prompt_token_ids,
-                sampling=sampling,
-                adapter=admitted.adapter,
-                validation_s=admitted.validation_s,
-            )
+            admitted = dataclasses.replace(admitted, sampling=sampling)
         tokens: list[Token] = []
         top_tokens: list[list[Token]] = []
         async with aclosing(self._sequence(job, admitted, request_id, timings, started)) as deltas:
@@ -99,7 +93,7 @@ class Generator:
 
     async def _sequence(
         self, job: GenerationJob, admitted: AdmittedJob, request_id: str, timings: Timings, started: float
-    ) -> AsyncIterator[TextDelta]:
+    ) -> AsyncGenerator[TextDelta, None]:
         sampling = admitted.sampling
         text = SequenceText(
             self.tokenizer, admitted.prompt_token_ids, job.stop, sampling.seed if sampling.do_sample else None
@@ -116,16 +110,39 @@ class Generator:
         )
         async with aclosing(self._client.submit(request)) as batches:
             async for outputs in batches:
-                for output in outputs:
-                    if not timings.first_token_s and output.token_ids:
-                        timings.first_token_s = time.monotonic() - started
-                    if output.queue_time_s is not None:
-                        timings.queue_s = output.queue_time_s
-                    delta = text.feed(output)
-                    if delta.completion is not None:
-                        timings.inference_s = max(time.monotonic() - submitted - timings.queue_s, 0.0)
-                        yield delta
-                        return
-                    if delta.tokens:
-                        yield delta
+                delta, error = _feed_all(text, outputs, timings)
+                now = time.monotonic()
+                if delta.tokens and not timings.first_token_s:
+                    timings.first_token_s = now - started
+                timings.inference_s = max(now - submitted - timings.queue_s, 0.0)
+                if delta.tokens or delta.completion is not None:
+                    yield delta
+                if error is not None:
+                    raise error
+                if delta.completion is not None:
+                    return
         raise IncompleteGeneration("Incomplete generation")
+
+
+def _feed_all(
+    text: SequenceText, outputs: list[TokenOutput], timings: Timings
+) -> tuple[TextDelta, LoraplexError | None]:
+    """Everything that waited, as one delta, and the error that came behind it."""
+    tokens: list[Token] = []
+    top_tokens: list[list[Token]] = []
+    for output in outputs:
+        if output.queue_time_s is not None:
+            timings.queue_s = output.queue_time_s
+        try:
+            delta = text.feed(output)
+        except LoraplexError as error:
+            return TextDelta(tokens=tokens, top_tokens=top_tokens), error
+        tokens += delta.tokens
+        top_tokens += delta.top_tokens
+        if delta.completion is not None:
+            return TextDelta(tokens=tokens, top_tokens=top_tokens, completion=delta.completion), None
+    return TextDelta(tokens=tokens, top_tokens=top_tokens), None
+
+
+def _lengths(completion: Completion) -> tuple[int, int]:
+    return completion.num_prompt_tokens, completion.num_generated_tokens

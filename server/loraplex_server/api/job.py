@@ -1,9 +1,11 @@
 """GenerationJob (what any dialect asks for) and TextDelta (what it gets back)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
+
+from loraplex_server.metrics import Timings
 
 StopReason = Literal["length", "eos_token", "stop_sequence"]
 
@@ -84,17 +86,6 @@ class TextDelta:
     completion: Completion | None = None
 
 
-@dataclass(slots=True, kw_only=True)
-class Timings:
-    """Where a job's time went, in seconds."""
-
-    validation_s: float = 0.0
-    queue_s: float = 0.0
-    inference_s: float = 0.0
-    total_s: float = 0.0
-    first_token_s: float = 0.0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedSequence:
     """A whole sequence, for answers that are not streamed."""
@@ -115,4 +106,4 @@ class FinishedJob:
 
     best: FinishedSequence
     others: list[FinishedSequence]
-    timings: Timings = field(default_factory=Timings)
+    timings: Timings

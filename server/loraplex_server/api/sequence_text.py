@@ -56,6 +56,9 @@ class SequenceText:
             if output.finish_reason == "cancelled":
                 raise IncompleteGeneration("Incomplete generation")
             reason = output.finish_reason
+        if reason is not None and not tokens:
+            # The last event of a stream is the event of a token: an end without one is not an answer.
+            raise IncompleteGeneration("Incomplete generation")
         return TextDelta(
             tokens=tokens,
             top_tokens=[self._top_tokens(top) for top in output.top_logprobs[: len(tokens)]],

@@ -1,0 +1,54 @@
+# make serve   a model with three adapters on http://127.0.0.1:3000 (ARGS="--port 8080" and so on)
+# make test    every check and every test
+# make check   format, lint, types, import contracts, the page of settings
+# make bench   the benchmark (ARGS="--help")
+
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# An index to take torch from besides pip's own, such as the one with builds for the CPU alone.
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SET_UP := $(VENV)/.set-up
+
+.PHONY: help setup serve demo-model test check bench settings clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: $(SET_UP)
+
+# torch first and alone, so that the long download is done once whatever changes in the rest.
+$(SET_UP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV): takes a minute or more, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet pip==26.3
+	$(PIP) install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) install --quiet --constraint constraints.txt --group dev --editable .
+	@touch $@
+
+serve: setup
+	$(BIN)/loraplex demo $(ARGS)
+
+demo-model: setup
+	$(BIN)/python -c "from loraplex import demo; print(demo.prepare())"
+
+test: setup check
+	$(BIN)/pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m loraplex.settings_page --check
+
+bench: setup
+	$(BIN)/python bench/serve.py $(ARGS)
+
+settings: setup
+	$(BIN)/python -m loraplex.settings_page
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage

@@ -1,0 +1,14 @@
+"""RMSNorm."""
+
+from torch import Tensor
+
+from loraplex_kernels.cpu import norm as _cpu
+from loraplex_kernels.reference import norm as _reference
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Scale each row of `x` to unit root mean square, then by `weight`.
+
+    x: [T, hidden]; weight: [hidden]; returns [T, hidden] in the dtype of `x`. The mean is taken in float32.
+    """
+    return _cpu.rms_norm(x, weight, eps) if x.is_cpu else _reference.rms_norm(x, weight, eps)

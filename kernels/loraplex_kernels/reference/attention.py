@@ -1,0 +1,22 @@
+"""Attention over the paged cache in plain torch, one sequence and one head at a time."""
+
+import torch
+from torch import Tensor
+
+
+def paged_attention(
+    queries: Tensor, cache: Tensor, cells: Tensor, mask: Tensor | None, num_kv_heads: int, scale: float
+) -> Tensor:
+    head_dim = cache.shape[1] // (2 * num_kv_heads)
+    num_heads = queries.shape[2] // head_dim
+    out = torch.empty_like(queries)
+    for sequence in range(len(cells)):
+        keys_values = cache[cells[sequence]].view(-1, 2, num_kv_heads, head_dim)
+        for head in range(num_heads):
+            columns = slice(head * head_dim, (head + 1) * head_dim)
+            keys, values = keys_values[:, :, head // (num_heads // num_kv_heads)].unbind(1)
+            scores = queries[sequence, :, columns] @ keys.T * scale
+            if mask is not None:
+                scores = scores + mask[sequence]
+            out[sequence, :, columns] = scores.float().softmax(-1).to(values.dtype) @ values
+    return out

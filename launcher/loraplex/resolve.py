@@ -1,0 +1,106 @@
+"""Find the base model and the adapters, download what is not here, and check each before anything is started."""
+
+import errno
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from loraplex.flags import Settings
+from loraplex.launch_error import LaunchError
+from loraplex.plan import CheckpointFacts
+from loraplex_models.adapters.manifest import ManifestError, check_adapter
+from loraplex_models.config import ModelConfig, ModelConfigError, read_config
+from loraplex_server.config import AdapterSource, ApiConfig, LaunchConfig
+
+
+def check_address(api: ApiConfig) -> None:
+    """Refuse an address that cannot be bound, before anything is downloaded."""
+    family = socket.AF_INET6 if ":" in api.hostname else socket.AF_INET
+    address = f"{api.hostname}:{api.port}"
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((api.hostname, api.port))
+            probe.listen(1)
+        except OSError as error:
+            causes = {
+                errno.EADDRINUSE: "the port is in use: stop what listens there or choose another --port",
+                errno.EACCES: "the port is not permitted: choose a --port above 1023",
+                errno.EADDRNOTAVAIL: "this machine does not have that address: choose another --hostname",
+            }
+            cause = causes.get(error.errno or 0, os.strerror(error.errno or 0))
+            raise LaunchError(f"cannot listen on {address}: {cause}") from None
+
+
+def resolve(settings: Settings, *, progress: bool = False) -> CheckpointFacts:
+    """The base model and every adapter as checked local files; with `progress`, bars show each download.
+
+    Raises LaunchError; one for all adapters that are refused, with each one's reason.
+    """
+    # Brings huggingface_hub, which takes a good part of a second; a wrong flag or a port in use is told before.
+    from loraplex_models.sources import SourceError, resolve_model
+
+    launch = settings.launch
+    wanted = launch.weights_cache_override or launch.model_id or ""
+    try:
+        source = resolve_model(wanted, launch.revision, **_hub_access(launch), progress=progress)
+        config = read_config(source.path)
+    except (SourceError, ModelConfigError) as error:
+        raise LaunchError(f"model '{wanted}': {error}") from None
+    weights = list(Path(source.path).glob("*.safetensors"))
+    if not weights:
+        raise LaunchError(f"model '{wanted}' has no *.safetensors files in {source.path}: other formats are not read")
+    model_id = launch.model_id or wanted
+    if source.source == "hub":
+        model_id = model_id.partition("@")[0]
+    return CheckpointFacts(
+        path=source.path,
+        model_id=launch.served_model_name or model_id,
+        revision=source.revision,
+        config=config,
+        weight_bytes=sum(file.stat().st_size for file in weights),
+        adapters=_resolve_adapters(settings, config, progress=progress),
+    )
+
+
+def _hub_access(launch: LaunchConfig) -> dict[str, Any]:
+    return {
+        "cache_dir": launch.huggingface_hub_cache,
+        "token": launch.hub_token,
+        "endpoint": launch.hub_endpoint,
+        "offline": launch.hub_offline,
+    }
+
+
+def _resolve_adapters(settings: Settings, config: ModelConfig, *, progress: bool) -> tuple[AdapterSource, ...]:
+    from loraplex_models.sources import SourceError, parse_lora_adapters, resolve_adapter  # as above
+
+    launch = settings.launch
+    try:
+        items = parse_lora_adapters(",".join(launch.lora_adapters))
+    except SourceError as error:
+        raise LaunchError(f"--lora-adapters: {error}") from None
+    adapters: list[AdapterSource] = []
+    refused: list[str] = []
+    for item in items:
+        try:
+            source = resolve_adapter(item, **_hub_access(launch), progress=progress)
+            manifest = check_adapter(source.path, config, max_rank=settings.serve.engine.adapters.max_lora_rank)
+        except (SourceError, ManifestError) as error:
+            refused.append(f"adapter '{item.adapter_id}': {error}")
+            continue
+        adapters.append(
+            AdapterSource(
+                adapter_id=item.adapter_id,
+                path=source.path,
+                digest=manifest.digest,
+                rank=manifest.rank,
+                num_bytes=manifest.num_bytes,
+                source=source.source,
+                revision=source.revision,
+            )
+        )
+    if refused:
+        raise LaunchError("; ".join(refused))
+    return tuple(adapters)

@@ -1,0 +1,165 @@
+"""The decoder that most families share: attention and a gated MLP, each after a norm and beside the residual."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex_models.checkpoint import Checkpoint, CheckpointError
+from loraplex_models.config import ModelConfig
+from loraplex_models.forward import ForwardBatch, LoraBatch
+from loraplex_models.layers.activation import GATED_ACTIVATIONS
+from loraplex_models.layers.attention import Attention, AttentionPlan, KVCache, plan_attention
+from loraplex_models.layers.embedding import Embedding, Head
+from loraplex_models.layers.linear import Linear
+from loraplex_models.layers.norm import RMSNorm
+from loraplex_models.layers.rotary import RopeError, Rotary
+from loraplex_models.parallel import ParallelGroup
+from loraplex_quant.unquantized import Unquantized
+
+LINEARS_PER_LAYER = 4  # qkv, o, gate_up, down
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSite:
+    """One linear of the checkpoint that an adapter may change; `module` is `layers.0.self_attn.q_proj` or alike."""
+
+    module: str
+    in_size: int
+    out_size: int
+
+
+class DecoderLayer:
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, attention: Attention, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        hidden, query_size = config.hidden_size, config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        prefix = f"layers.{index}"
+
+        def linear(place: int, in_size: int, parts: dict[str, int], has_bias: bool) -> Linear:
+            named = {f"{prefix}.{name}": size for name, size in parts.items()}
+            return Linear(LINEARS_PER_LAYER * index + place, in_size, named, Unquantized(dtype, device, has_bias))
+
+        qkv_parts = {"self_attn.q_proj": query_size, "self_attn.k_proj": kv_size, "self_attn.v_proj": kv_size}
+        gate_up_parts = {"mlp.gate_proj": config.intermediate_size, "mlp.up_proj": config.intermediate_size}
+        self.prefix = prefix
+        self.qkv = linear(0, hidden, qkv_parts, config.attention_bias)
+        self.output = linear(1, query_size, {"self_attn.o_proj": hidden}, config.attention_bias)
+        self.gate_up = linear(2, hidden, gate_up_parts, config.mlp_bias)
+        self.down = linear(3, config.intermediate_size, {"mlp.down_proj": hidden}, config.mlp_bias)
+        self.attention_norm = RMSNorm(hidden, config.norm_eps, dtype, device)
+        self.mlp_norm = RMSNorm(hidden, config.norm_eps, dtype, device)
+        self._attention = attention
+        self._activate = GATED_ACTIVATIONS[config.activation]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The layer's linears, by their index."""
+        return (self.qkv, self.output, self.gate_up, self.down)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the loaded weights."""
+        norm_bytes = self.attention_norm.num_bytes + self.mlp_norm.num_bytes
+        return norm_bytes + sum(linear.num_bytes for linear in self.linears)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take the layer's weights from the checkpoint."""
+        for linear in self.linears:
+            linear.load(checkpoint, "model.")
+        self.attention_norm.load(checkpoint, f"model.{self.prefix}.input_layernorm.weight")
+        self.mlp_norm.load(checkpoint, f"model.{self.prefix}.post_attention_layernorm.weight")
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Tensor, plan: AttentionPlan, lora: LoraBatch | None
+    ) -> Tensor:
+        """Return the hidden states [T, hidden] after this layer."""
+        qkv = self.qkv.forward(self.attention_norm.forward(x), lora)
+        found = self._attention.forward(qkv, cache, plan, *angles)
+        x = self.output.forward(found, lora, x)
+        gated = self._activate(self.gate_up.forward(self.mlp_norm.forward(x), lora))
+        return self.down.forward(gated, lora, x)
+
+
+class CausalLM:
+    """A decoder with its embedding and head. Made empty; `load` fills it."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, group: ParallelGroup) -> None:
+        """Lay out the model without weights. Raises CheckpointError for what the config asks and nobody serves."""
+        if config.activation not in GATED_ACTIVATIONS:
+            served = ", ".join(GATED_ACTIVATIONS)
+            raise CheckpointError(f"activation '{config.activation}' is not served; served are {served}")
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.group = group
+        try:
+            self._rotary = Rotary(config.rope, config.head_dim, config.max_positions, dtype, device)
+        except RopeError as error:
+            raise CheckpointError(str(error)) from None
+        attention = Attention(config.num_heads, config.num_kv_heads, config.head_dim)
+        self._embedding = Embedding(config.vocab_size, config.hidden_size, dtype, device)
+        self.layers = [DecoderLayer(config, i, attention, dtype, device) for i in range(config.num_layers)]
+        self._norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+        self._head = Head(config.vocab_size, config.hidden_size, dtype, device)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All linears that adapters may change, by their index."""
+        return tuple(linear for layer in self.layers for linear in layer.linears)
+
+    @property
+    def lora_sites(self) -> tuple[LoraSite, ...]:
+        """The checkpoint's linears that adapters may change, layer by layer."""
+        return tuple(
+            LoraSite(module, linear.in_size, out_size)
+            for linear in self.linears
+            for module, out_size in linear.parts.items()
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the loaded weights."""
+        ends = self._embedding.num_bytes + self._norm.num_bytes + self._head.num_bytes
+        return ends + sum(layer.num_bytes for layer in self.layers)
+
+    def load(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """Take the weights from the checkpoint, part by part; yields after each part. Raises CheckpointError."""
+        self._embedding.load(checkpoint, "model.embed_tokens.weight")
+        yield
+        for layer in self.layers:
+            layer.load(checkpoint)
+            yield
+        self._norm.load(checkpoint, "model.norm.weight")
+        if self.config.tie_embeddings:
+            self._head.tie(self._embedding)
+        else:
+            self._head.load(checkpoint, "lm_head.weight")
+        yield
+
+    def kv_bytes_per_block(self, block_size: int) -> int:
+        """Size of one KV block over all layers."""
+        return self.config.num_layers * block_size * self._kv_width() * self.dtype.itemsize
+
+    def new_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
+        """Return an empty cache of that many blocks."""
+        return KVCache(self.config.num_layers, num_blocks, block_size, self._kv_width(), self.dtype, self.device)
+
+    def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
+        """Return the logits of `batch.sample_rows`, [S, vocab] in the model's dtype; writes the cache in place.
+
+        To be called under torch.inference_mode.
+        """
+        plan = plan_attention(batch.attention, kv_cache.block_size, self.dtype, self.config.sliding_window)
+        angles = self._rotary.angles(batch.positions)
+        x = self._embedding.forward(batch.token_ids)
+        for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
+            x = layer.forward(x, angles, cache, plan, batch.lora)
+        return self._head.forward(self._norm.forward(x.index_select(0, batch.sample_rows)))
+
+    def _kv_width(self) -> int:
+        return 2 * self.config.num_kv_heads * self.config.head_dim

@@ -1,0 +1,199 @@
+"""Attention over the paged cache: how a step's sequences are grouped, once, and what each layer then does."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex_kernels.attention import paged_attention
+from loraplex_kernels.kv_cache import write_kv
+from loraplex_kernels.rope import rotate
+from loraplex_models.forward import AttentionBatch
+
+# Sequences are computed together, padded to the longest, until the padding costs about as much as a group of its own:
+# some 50 us a layer, the time of a thousand keys or of sixteen thousand scores.
+MAX_WASTED_KEYS = 1024
+MAX_WASTED_SCORES = 16384
+
+
+class KVCache:
+    """The keys and values of all blocks, one tensor [num_blocks * block_size, 2 * num_kv_heads * head_dim] a layer."""
+
+    def __init__(
+        self, num_layers: int, num_blocks: int, block_size: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        # Zeros: a cell that was never written must hold numbers.
+        cells = torch.zeros(num_layers, num_blocks * block_size, width, dtype=dtype, device=device)
+        self.layers: tuple[Tensor, ...] = cells.unbind(0)
+        self.num_bytes = cells.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionGroup:
+    """P sequences that are computed together, padded to N queries and K keys. Padding repeats a sequence's own cells,
+    so that nothing of another sequence is ever read.
+    """
+
+    num_sequences: int
+    num_queries: int
+    cells: Tensor  # [P, K] int64
+    mask: Tensor | None  # [P, N, K]: 0 or -inf; None when all queries see all keys
+    first_token: int  # where the group's tokens start, when they stand together without padding; else -1
+    tokens: Tensor | None  # [P * N] the token of each query, padding included; None when they stand together
+    padded_rows: Tensor | None  # [tokens of the group] their places among P * N
+    group_tokens: Tensor | None  # [tokens of the group] their places in the batch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """One step's groups, and the cell that each token writes. Shared by all layers."""
+
+    groups: tuple[AttentionGroup, ...]
+    slot_mapping: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    index: int
+    first_token: int
+    num_queries: int
+    num_keys: int
+
+
+def plan_attention(batch: AttentionBatch, block_size: int, dtype: torch.dtype, window: int | None) -> AttentionPlan:
+    """Group the step's sequences. With `window` a query sees that many keys, its own included."""
+    starts = batch.query_start.tolist()
+    sequences = [
+        _Sequence(index, starts[index], starts[index + 1] - starts[index], num_keys)
+        for index, num_keys in enumerate(batch.seq_lens.tolist())
+    ]
+    if window is not None and window >= batch.max_seq_len:
+        window = None
+    block_table = batch.block_table.long()
+    groups = tuple(
+        _make_group(group, block_table, block_size, dtype, window)
+        for part in (sequences[: batch.num_decodes], sequences[batch.num_decodes :])
+        for group in _split(part)
+    )
+    return AttentionPlan(groups, batch.slot_mapping)
+
+
+def _split(sequences: list[_Sequence]) -> list[list[_Sequence]]:
+    if _is_economical(sequences):
+        return [sequences] if sequences else []
+    groups: list[list[_Sequence]] = []
+    for sequence in sorted(sequences, key=lambda s: (s.num_queries * s.num_keys, s.num_keys), reverse=True):
+        if groups and _is_economical([*groups[-1], sequence]):
+            groups[-1].append(sequence)
+        else:
+            groups.append([sequence])
+    return groups
+
+
+def _is_economical(sequences: Sequence[_Sequence]) -> bool:
+    if len(sequences) < 2:
+        return True
+    num_queries = max(s.num_queries for s in sequences)
+    num_keys = max(s.num_keys for s in sequences)
+    wasted_keys = sum(num_keys - s.num_keys for s in sequences)
+    wasted_scores = sum(num_queries * num_keys - s.num_queries * s.num_keys for s in sequences)
+    return wasted_keys <= MAX_WASTED_KEYS and wasted_scores <= MAX_WASTED_SCORES
+
+
+def _make_group(
+    sequences: list[_Sequence], block_table: Tensor, block_size: int, dtype: torch.dtype, window: int | None
+) -> AttentionGroup:
+    num_queries = max(s.num_queries for s in sequences)
+    num_keys = max(s.num_keys for s in sequences)
+    is_level = all(s.num_queries == num_queries for s in sequences)
+    first_token = sequences[0].first_token
+    if is_level and all(s.first_token == first_token + i * num_queries for i, s in enumerate(sequences)):
+        tokens = padded_rows = group_tokens = None
+    else:
+        first_token = -1
+        tokens, padded_rows, group_tokens = _padded_tokens(sequences, num_queries, block_table.device)
+    lengths = torch.tensor([[s.num_keys] for s in sequences], device=block_table.device)
+    return AttentionGroup(
+        num_sequences=len(sequences),
+        num_queries=num_queries,
+        cells=_cells(sequences, lengths, num_keys, block_table, block_size),
+        mask=_mask(sequences, lengths, num_queries, num_keys, dtype, window),
+        first_token=first_token,
+        tokens=tokens,
+        padded_rows=padded_rows,
+        group_tokens=group_tokens,
+    )
+
+
+def _padded_tokens(sequences: list[_Sequence], num_queries: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    steps = torch.arange(num_queries, device=device)
+    firsts = torch.tensor([[s.first_token] for s in sequences], device=device)
+    counts = torch.tensor([[s.num_queries] for s in sequences], device=device)
+    tokens = (firsts + steps.minimum(counts - 1)).view(-1)
+    padded_rows = (steps < counts).view(-1).nonzero().view(-1)
+    return tokens, padded_rows, tokens.index_select(0, padded_rows)
+
+
+def _cells(sequences: list[_Sequence], lengths: Tensor, num_keys: int, block_table: Tensor, block_size: int) -> Tensor:
+    keys = torch.arange(num_keys, device=block_table.device).minimum(lengths - 1)
+    if len(sequences) != len(block_table):
+        block_table = block_table[[s.index for s in sequences]]
+    return block_table.gather(1, keys // block_size).mul_(block_size).add_(keys % block_size)
+
+
+def _mask(
+    sequences: list[_Sequence], lengths: Tensor, num_queries: int, num_keys: int, dtype: torch.dtype, window: int | None
+) -> Tensor | None:
+    if num_queries == 1 and window is None and all(s.num_keys == num_keys for s in sequences):
+        return None
+    device = lengths.device
+    counts = torch.tensor([[s.num_queries] for s in sequences], device=device)
+    positions = (lengths - counts + torch.arange(num_queries, device=device)).unsqueeze(2)
+    keys = torch.arange(num_keys, device=device)
+    hidden = keys > positions
+    if window is not None:
+        hidden |= keys <= positions - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+
+class Attention:
+    """Turns queries and keys, stores keys and values, attends. Shared by all layers, as it has no weights."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        self._query_width = num_heads * head_dim
+        self._num_rotated = num_heads + num_kv_heads
+        self._num_kv_heads = num_kv_heads
+        self._head_dim = head_dim
+        self._scale = head_dim**-0.5
+
+    def forward(self, qkv: Tensor, cache: Tensor, plan: AttentionPlan, cos: Tensor, signed_sin: Tensor) -> Tensor:
+        """Return what each token's heads gather, [T, num_heads * head_dim].
+
+        qkv: [T, queries | keys | values], its queries and keys are turned in place; cache: one layer of a KVCache,
+        written in place.
+        """
+        num_rotated, head_dim = self._num_rotated, self._head_dim
+        rotate(qkv.narrow(1, 0, num_rotated * head_dim).view(-1, num_rotated, head_dim), cos, signed_sin)
+        queries = qkv.narrow(1, 0, self._query_width)
+        write_kv(cache, plan.slot_mapping, qkv.narrow(1, self._query_width, cache.shape[1]))
+        if len(plan.groups) == 1 and plan.groups[0].tokens is None:
+            return self._attend(queries, cache, plan.groups[0])
+        out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+        for group in plan.groups:
+            if group.tokens is None:
+                num_tokens = group.num_sequences * group.num_queries
+                found = self._attend(queries.narrow(0, group.first_token, num_tokens), cache, group)
+                out.narrow(0, group.first_token, num_tokens).copy_(found)
+            else:
+                assert group.padded_rows is not None and group.group_tokens is not None
+                found = self._attend(queries.index_select(0, group.tokens), cache, group)
+                out.index_copy_(0, group.group_tokens, found.index_select(0, group.padded_rows))
+        return out
+
+    def _attend(self, queries: Tensor, cache: Tensor, group: AttentionGroup) -> Tensor:
+        queries = queries.view(group.num_sequences, group.num_queries, self._query_width)
+        found = paged_attention(queries, cache, group.cells, group.mask, self._num_kv_heads, self._scale)
+        return found.view(-1, self._query_width)

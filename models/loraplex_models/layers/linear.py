@@ -1,0 +1,58 @@
+"""A linear layer that may fuse several linears of the checkpoint, and adds the deltas of the batch's adapters."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from loraplex_kernels.lora import lora_expand, lora_shrink
+from loraplex_models.checkpoint import Checkpoint
+from loraplex_models.forward import LoraBatch, LoraTile
+from loraplex_quant.method import QuantMethod
+
+
+class Linear:
+    """One product for all the linears that read the same input, their outputs side by side.
+
+    `parts` are the fused linears in order: module name (`layers.0.self_attn.q_proj`) → output size. `index` is the
+    layer's place in `LoraTile.deltas`.
+    """
+
+    def __init__(self, index: int, in_size: int, parts: Mapping[str, int], method: QuantMethod) -> None:
+        self.index = index
+        self.in_size = in_size
+        self.parts = dict(parts)
+        self._method = method
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the loaded weight."""
+        return self._method.num_bytes
+
+    def load(self, checkpoint: Checkpoint, prefix: str) -> None:
+        """Take the weights of the parts, named `<prefix><module>.<suffix>`, from the checkpoint."""
+        tensors = []
+        for module, out_size in self.parts.items():
+            specs = self._method.create_weights(self.in_size, out_size)
+            tensors.append({s.suffix: checkpoint.take(f"{prefix}{module}.{s.suffix}", s.shape) for s in specs})
+        self._method.finish_load(tensors)
+
+    def forward(self, x: Tensor, lora: LoraBatch | None, addend: Tensor | None = None) -> Tensor:
+        """Return x @ weight.T, plus the bias, plus `addend`, plus each token's adapter delta. x: [T, in]."""
+        out = self._method.apply(x, addend)
+        if lora is not None:
+            for tile in lora.tiles:
+                out = _add_delta(out, x, tile, self.index)
+        return out
+
+
+def _add_delta(out: Tensor, x: Tensor, tile: LoraTile, index: int) -> Tensor:
+    delta = tile.deltas[index]
+    if delta is None:
+        return out
+    if tile.start == 0 and tile.end == len(x):
+        return lora_expand(lora_shrink(x, delta.a, delta.foreign), delta.b, out)
+    num_tokens = tile.end - tile.start
+    rows = out.narrow(0, tile.start, num_tokens)
+    h = lora_shrink(x.narrow(0, tile.start, num_tokens), delta.a, delta.foreign)
+    rows.copy_(lora_expand(h, delta.b, rows))
+    return out

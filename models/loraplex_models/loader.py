@@ -1,0 +1,90 @@
+"""From a model folder to a model that can run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from loraplex_models.checkpoint import Checkpoint, CheckpointError
+from loraplex_models.config import ModelConfig, ModelConfigError, RopeConfig, read_config
+from loraplex_models.decoder import CausalLM
+from loraplex_models.parallel import ParallelGroup
+from loraplex_models.registry import ARCHITECTURES, find_model_class
+
+SERVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What a caller may ask for instead of the config's own rotary scaling; the other kinds need more numbers than a factor.
+ROPE_OVERRIDES = ("linear", "dynamic")
+# Buffers that older writers stored beside the weights; they follow from the config.
+IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
+NAMES_SHOWN = 5
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: ParallelGroup,
+    rope_scaling: str | None = None,
+    rope_factor: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CausalLM:
+    """Build the model of a folder and fill it from the folder's safetensors checkpoint.
+
+    Layers are filled and packed one after the other, so that no second copy of the model exists at any time.
+    `progress` is told the bytes done and the bytes in all. Raises CheckpointError.
+    """
+    if dtype not in SERVED_DTYPES:
+        raise CheckpointError(f"dtype {dtype} is not served; served are float32, bfloat16 and float16")
+    config = _overridden_rope(_served_config(path), rope_scaling, rope_factor)
+    model_class = find_model_class(config.architecture)
+    if model_class is None:
+        known = ", ".join(ARCHITECTURES)
+        raise CheckpointError(f"architecture '{config.architecture}' is not served; served are {known}")
+    model = model_class(config, dtype, device, group)
+    with Checkpoint(path) as checkpoint, torch.inference_mode():
+        for _ in model.load(checkpoint):
+            if progress is not None:
+                progress(min(checkpoint.taken_bytes, checkpoint.total_bytes), checkpoint.total_bytes)
+        _check_left_over(path, checkpoint, config)
+        if progress is not None:
+            progress(checkpoint.total_bytes, checkpoint.total_bytes)
+    return model
+
+
+def _served_config(path: str | Path) -> ModelConfig:
+    try:
+        config = read_config(path)
+    except ModelConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if config.quantization is not None:
+        kind = config.quantization.get("quant_method", "unknown")
+        raise CheckpointError(
+            f"the checkpoint in '{path}' is quantised ({kind}); only float32, bfloat16 and float16 weights are served"
+        )
+    return config
+
+
+def _overridden_rope(config: ModelConfig, kind: str | None, factor: float | None) -> ModelConfig:
+    if kind is None:
+        if factor is not None:
+            raise CheckpointError("a rope factor was given without a rope scaling; give both or none")
+        return config
+    if kind not in ROPE_OVERRIDES:
+        raise CheckpointError(f"rope scaling '{kind}' cannot be asked for; can be: {', '.join(ROPE_OVERRIDES)}")
+    if factor is not None and factor < 1:
+        raise CheckpointError(f"rope factor {factor} is below 1")
+    parameters = {"factor": 1.0 if factor is None else factor}
+    return replace(config, rope=RopeConfig(theta=config.rope.theta, kind=kind, parameters=parameters))
+
+
+def _check_left_over(path: str | Path, checkpoint: Checkpoint, config: ModelConfig) -> None:
+    left_over = [name for name in checkpoint.left_over() if not name.endswith(IGNORED_SUFFIXES)]
+    if config.tie_embeddings and "lm_head.weight" in left_over:
+        left_over.remove("lm_head.weight")
+    if left_over:
+        shown = ", ".join(left_over[:NAMES_SHOWN]) + (" …" if len(left_over) > NAMES_SHOWN else "")
+        raise CheckpointError(
+            f"the checkpoint in '{path}' has {len(left_over)} tensors that {config.architecture} does not know: {shown}"
+        )

@@ -1,0 +1,326 @@
+"""Logits to tokens: one pass over the whole batch, whatever each row's parameters are."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraplex_server.engine import logits as processors
+from loraplex_server.engine.noise import TokenNoise, seed_keys, step_keys
+from loraplex_server.messages import SamplingParams, TopLogprob
+
+NO_TOKEN = -1
+"""Stands in place of a token id where a row's logits gave none (a NaN, +inf, or nothing but -inf)."""
+
+_LOWEST_TEMPERATURE = 1e-30  # a smaller one may be 0 in float32; at this one only ties with the best are left
+_PROMPT_LOGPROB_ROWS = 64  # at a time: 49,152 float32 scores of a row take 192 KiB
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """What one step drew, one entry a sampled row.
+
+    Log-probabilities are those of the processed scores, after penalties and cuts. `top_logprobs` holds exactly as
+    many tokens as were asked for, ties by the lower id, fewer only where the cuts left fewer; empty when not asked.
+    A row whose logits were broken has the token id NO_TOKEN and log-probability 0, and keeps its state.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    top_logprobs: list[list[TopLogprob]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Penalties:
+    """The penalised rows of a batch; tensors have one value for each."""
+
+    index: Tensor  # into the batch
+    rows: NDArray[np.int64]
+    prompt_lengths: Tensor
+    repetition: Tensor
+    frequency: Tensor
+    presence: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """One cut and the sampled rows that ask for it; no index where all do."""
+
+    index: Tensor | None  # into the sampled rows
+    keep: Callable[[Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """The rows of a batch that sample instead of taking the best token."""
+
+    index: Tensor  # into the batch
+    rows: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+    temperature: Tensor  # [sampled, 1]
+    cuts: list[_Cut]
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The parameters of a set of rows, gathered once and used for as long as the same rows come."""
+
+    rows: list[int]
+    row_index: NDArray[np.int64]
+    watermarked: list[int]  # positions in the batch
+    penalties: _Penalties | None
+    draws: _Draws | None
+    remembered: list[int]  # positions of the rows whose tokens are kept for penalties or watermark
+    top_counts: dict[int, int]  # position → number of likely tokens to report
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether anything beside greedy rows as they come is in the batch."""
+        return bool(self.watermarked or self.penalties or self.draws)
+
+
+class Sampler:
+    """Chooses the next token of each row, by the parameters of the sequence that is in the row.
+
+    A draw depends on the row's logits, its seed and its number of output tokens only: not on the rest of the
+    batch, nor on the row's place, nor on what happened before a preemption.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        vocab_size: int,
+        device: torch.device,
+        *,
+        watermark_gamma: float,
+        watermark_delta: float,
+    ):
+        self._vocab_size = vocab_size
+        self._device = device
+        self._gamma = watermark_gamma
+        self._delta = watermark_delta
+        self._noise = TokenNoise(vocab_size, device)
+        self._params: list[SamplingParams | None] = [None] * num_rows
+        self._num_prompt = np.zeros(num_rows, dtype=np.int64)
+        self._num_tokens = np.zeros(num_rows, dtype=np.int64)
+        # The tokens of the rows that penalties or the watermark look back on; it grows when the first comes.
+        self._history = torch.zeros(num_rows, 0, dtype=torch.int64, device=device)
+        self._scores = torch.empty(0, vocab_size, device=device)
+        self._logprobs = torch.empty(0, vocab_size, device=device)
+        self._batch: _Batch | None = None
+
+    def add(self, row: int, params: SamplingParams, token_ids: list[int], num_output_tokens: int = 0) -> None:
+        """Put a sequence into a free row: its tokens so far, of which the last `num_output_tokens` are output."""
+        assert self._params[row] is None, f"row {row} is taken"
+        self._params[row] = params
+        self._num_tokens[row] = len(token_ids)
+        self._num_prompt[row] = len(token_ids) - num_output_tokens
+        if _looks_back(params):
+            self._reserve_history(len(token_ids) + 1)
+            self._history[row, : len(token_ids)] = torch.tensor(token_ids, device=self._device)
+        self._batch = None
+
+    def remove(self, row: int) -> None:
+        """Free a row; what it knew is forgotten."""
+        assert self._params[row] is not None, f"row {row} is free"
+        self._params[row] = None
+        self._batch = None
+
+    def sample(self, logits: Tensor, rows: list[int]) -> SampledTokens:
+        """Choose a token for each row and remember it. logits: [rows, vocab], not changed."""
+        batch = self._batch
+        if batch is None or batch.rows != rows:
+            batch = self._batch = self._gather(rows)
+
+        self._reserve_scratch(len(rows))
+        scores = logits
+        if logits.dtype is not torch.float32 or batch.changes_scores:
+            scores = self._scores[: len(rows)]
+            processors.copy_as_float(logits, scores)
+        self._look_back(scores, batch)
+
+        token_ids = processors.argmax(scores)
+        best = scores.gather(1, token_ids[:, None])
+        is_sound = best.isfinite()
+        all_sound = bool(is_sound.all())
+        if not all_sound:
+            scores = torch.where(is_sound, scores, 0)
+            best = torch.where(is_sound, best, 0)
+        if batch.draws:
+            self._draw(scores, best, token_ids, batch.draws)
+        logprobs = torch.log_softmax(scores, 1, out=self._logprobs[: len(rows)])
+        chosen = logprobs.gather(1, token_ids[:, None])[:, 0]
+        sound = is_sound[:, 0].tolist()
+        top_logprobs = _top_logprobs(logprobs, {i: n for i, n in batch.top_counts.items() if sound[i]})
+        self._advance(batch, token_ids, sound)
+        if not all_sound:
+            token_ids.masked_fill_(~is_sound[:, 0], NO_TOKEN)
+            chosen.masked_fill_(~is_sound[:, 0], 0)
+        return SampledTokens(token_ids.tolist(), chosen.tolist(), top_logprobs)
+
+    def prompt_logprobs(self, logits: Tensor, token_ids: list[int]) -> list[float]:
+        """The log-probability of each given token under its row of raw logits. logits: [tokens, vocab]."""
+        targets = torch.tensor(token_ids, dtype=torch.int64, device=logits.device)[:, None]
+        values: list[float] = []
+        for start in range(0, len(token_ids), _PROMPT_LOGPROB_ROWS):
+            part = slice(start, start + _PROMPT_LOGPROB_ROWS)
+            logprobs = logits[part].float().log_softmax(dim=1)
+            values += logprobs.gather(1, targets[part])[:, 0].tolist()
+        return values
+
+    def _look_back(self, scores: Tensor, batch: _Batch) -> None:
+        """Watermark and penalties, in place."""
+        if batch.watermarked:
+            rows = batch.row_index[batch.watermarked]
+            previous = self._history[self._index(rows), self._index(self._num_tokens[rows] - 1)].tolist()
+            part = scores[batch.watermarked]
+            processors.add_watermark(part, previous, self._gamma, self._delta)
+            scores[batch.watermarked] = part
+        if batch.penalties:
+            rows = batch.penalties.rows
+            lengths = self._num_tokens[rows]
+            part = scores[batch.penalties.index]
+            processors.penalise(
+                part,
+                self._history[self._index(rows), : lengths.max()],
+                self._index(lengths),
+                batch.penalties.prompt_lengths,
+                batch.penalties.repetition,
+                batch.penalties.frequency,
+                batch.penalties.presence,
+            )
+            scores[batch.penalties.index] = part
+
+    def _draw(self, scores: Tensor, best: Tensor, token_ids: Tensor, draws: _Draws) -> None:
+        """Temper and cut the sampled rows of `scores`, and draw their `token_ids`, both in place."""
+        # With the maximum at 0 no temperature, however small, overflows.
+        part = (scores[draws.index] - best[draws.index]).div_(draws.temperature)
+        for cut in draws.cuts:
+            if cut.index is None:
+                cut.keep(part)
+            else:
+                some = part[cut.index]
+                cut.keep(some)
+                part[cut.index] = some
+        scores[draws.index] = part
+        positions = self._num_tokens[draws.rows] - self._num_prompt[draws.rows]
+        noise = self._noise.exponential(step_keys(draws.keys, positions))
+        token_ids[draws.index] = processors.argmax(part.exp_().div_(noise))
+
+    def _advance(self, batch: _Batch, token_ids: Tensor, sound: list[bool]) -> None:
+        """Count one more token for each sound row, and remember it where penalties or the watermark need it."""
+        if batch.remembered:
+            rows = batch.row_index[batch.remembered]
+            self._reserve_history(int(self._num_tokens[rows].max()) + 1)
+            # In a row that is not sound the cell stays beyond what counts.
+            self._history[self._index(rows), self._index(self._num_tokens[rows])] = token_ids[batch.remembered]
+        self._num_tokens[batch.row_index] += np.array(sound, dtype=np.int64)
+
+    def _reserve_scratch(self, num_rows: int) -> None:
+        # Fresh buffers of this size are fresh pages each time: 1 ms for 8 rows, more than the sampling itself.
+        if num_rows > len(self._scores):
+            shape = (min(2 * num_rows, len(self._params)), self._vocab_size)
+            with torch.inference_mode(False):
+                self._scores = torch.empty(shape, device=self._device)
+                self._logprobs = torch.empty(shape, device=self._device)
+
+    def _reserve_history(self, length: int) -> None:
+        capacity = self._history.shape[1]
+        if length > capacity:
+            # A tensor made in inference mode could not be written to outside of it, and `add` may be called there.
+            with torch.inference_mode(False):
+                more = max(length, 2 * capacity) - capacity
+                self._history = torch.nn.functional.pad(self._history, (0, more))
+
+    def _gather(self, rows: list[int]) -> _Batch:
+        """Collect the parameters of the rows into tensors."""
+        params = [self._params_of(row) for row in rows]
+        row_index = np.array(rows, dtype=np.int64)
+        penalised = [i for i, p in enumerate(params) if _has_penalty(p)]
+        sampled = [i for i, p in enumerate(params) if p.do_sample]
+        return _Batch(
+            rows=list(rows),
+            row_index=row_index,
+            watermarked=[i for i, p in enumerate(params) if p.watermark],
+            penalties=self._gather_penalties(penalised, row_index, params) if penalised else None,
+            draws=self._gather_draws(sampled, row_index, params) if sampled else None,
+            remembered=[i for i, p in enumerate(params) if _looks_back(p)],
+            top_counts={i: p.num_logprobs for i, p in enumerate(params) if p.num_logprobs},
+        )
+
+    def _gather_penalties(
+        self, positions: list[int], row_index: NDArray[np.int64], params: list[SamplingParams]
+    ) -> _Penalties:
+        some = [params[i] for i in positions]
+        rows = row_index[positions]
+        return _Penalties(
+            index=self._ints(positions),
+            rows=rows,
+            prompt_lengths=self._index(self._num_prompt[rows]),
+            repetition=self._floats([p.repetition_penalty for p in some]),
+            frequency=self._floats([p.frequency_penalty for p in some]),
+            presence=self._floats([p.presence_penalty for p in some]),
+        )
+
+    def _gather_draws(self, positions: list[int], row_index: NDArray[np.int64], params: list[SamplingParams]) -> _Draws:
+        some = [params[i] for i in positions]
+        vocab_size = self._vocab_size
+        top = [i for i, p in enumerate(some) if 0 < p.top_k < vocab_size or p.top_p < 1]
+        floor = [i for i, p in enumerate(some) if p.min_p > 0]
+        typical = [i for i, p in enumerate(some) if p.typical_p < 1]
+        cuts: list[_Cut] = []
+        if top:
+            top_k = self._ints([min(some[i].top_k or vocab_size, vocab_size) for i in top])
+            top_p = self._floats([some[i].top_p for i in top])
+            cuts.append(_Cut(self._subset(top, some), partial(processors.keep_top, top_k=top_k, top_p=top_p)))
+        if floor:
+            min_p = self._floats([some[i].min_p for i in floor])
+            cuts.append(_Cut(self._subset(floor, some), partial(processors.keep_min_p, min_p=min_p)))
+        if typical:
+            typical_p = self._floats([some[i].typical_p for i in typical])
+            cuts.append(_Cut(self._subset(typical, some), partial(processors.keep_typical, typical_p=typical_p)))
+        return _Draws(
+            index=self._ints(positions),
+            rows=row_index[positions],
+            keys=seed_keys([p.seed for p in some]),
+            temperature=self._floats([max(p.temperature, _LOWEST_TEMPERATURE) for p in some])[:, None],
+            cuts=cuts,
+        )
+
+    def _subset(self, positions: list[int], of: list[SamplingParams]) -> Tensor | None:
+        return None if len(positions) == len(of) else self._ints(positions)
+
+    def _params_of(self, row: int) -> SamplingParams:
+        params = self._params[row]
+        assert params is not None, f"row {row} is free"
+        return params
+
+    def _index(self, values: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+    def _ints(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _floats(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device)
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
+
+
+def _looks_back(params: SamplingParams) -> bool:
+    return params.watermark or _has_penalty(params)
+
+
+def _top_logprobs(logprobs: Tensor, counts: dict[int, int]) -> list[list[TopLogprob]]:
+    top_logprobs: list[list[TopLogprob]] = [[] for _ in range(len(logprobs))]
+    if counts:
+        found = processors.top_tokens(logprobs[list(counts)], list(counts.values()))
+        for position, tokens in zip(counts, found, strict=True):
+            top_logprobs[position] = [TopLogprob(*token) for token in tokens]
+    return top_logprobs

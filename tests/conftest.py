@@ -1,0 +1,7 @@
+"""What all tests share: one thread per process, so that tests beside each other do not wait for each other's spinning."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

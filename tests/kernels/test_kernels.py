@@ -1,0 +1,105 @@
+"""Each operation's fast form against the readable reference."""
+
+import pytest
+import torch
+from loraplex_kernels.activation import silu_and_mul
+from loraplex_kernels.attention import paged_attention
+from loraplex_kernels.kv_cache import write_kv
+from loraplex_kernels.linear import linear, pack_weight
+from loraplex_kernels.norm import rms_norm
+from loraplex_kernels.reference import attention as reference_attention
+from loraplex_kernels.reference import linear as reference_linear
+from loraplex_kernels.reference import norm as reference_norm
+from loraplex_kernels.rope import rotate
+from torch import Tensor
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+def assert_near(ours: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    assert ours.dtype == truth.dtype == dtype
+    assert ours.shape == truth.shape
+    assert (ours.float() - truth.float()).abs().max() <= DTYPES[dtype] * max(1.0, float(truth.float().abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 17, 130])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_addend", [False, True])
+def test_a_packed_linear_equals_a_plain_one(dtype: torch.dtype, rows: int, has_bias: bool, has_addend: bool) -> None:
+    x, weight = torch.randn(rows, 48, dtype=dtype), torch.randn(33, 48, dtype=dtype) / 7
+    bias = torch.randn(33, dtype=dtype) if has_bias else None
+    addend = torch.randn(rows, 33, dtype=dtype) if has_addend else None
+    kept = None if addend is None else addend.clone()
+    with torch.inference_mode():
+        assert_near(
+            linear(x, pack_weight(weight), bias, addend), reference_linear.linear(x, weight, bias, addend), dtype
+        )
+    assert addend is None or kept is None or torch.equal(addend, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("size", [0.001, 1.0, 100.0])
+def test_rms_norm_equals_its_reference(dtype: torch.dtype, rows: int, size: float) -> None:
+    x, weight = torch.randn(rows, 64, dtype=dtype) * size, torch.rand(64, dtype=dtype) + 0.5
+    with torch.inference_mode():
+        assert_near(rms_norm(x, weight, 1e-5), reference_norm.rms_norm(x, weight, 1e-5), dtype)
+
+
+def test_rms_norm_of_zeros_is_zero() -> None:
+    assert torch.equal(rms_norm(torch.zeros(2, 8), torch.ones(8), 1e-5), torch.zeros(2, 8))
+
+
+def test_rotate_turns_each_pair_of_a_head_by_its_angle() -> None:
+    heads = torch.randn(3, 2, 4)
+    angles = torch.randn(3, 2)
+    pairs = torch.complex(heads[..., :2], heads[..., 2:])
+    turned = pairs * torch.polar(torch.ones(3, 1, 2), angles.unsqueeze(1))
+    cos = torch.cat((angles.cos(), angles.cos()), -1).unsqueeze(1)
+    sin = torch.cat((-angles.sin(), angles.sin()), -1).unsqueeze(1)
+    rotate(heads, cos, sin)
+    assert torch.allclose(heads, torch.cat((turned.real, turned.imag), -1), atol=1e-6)
+
+
+def test_silu_and_mul_gates_the_second_half_by_the_first() -> None:
+    gate_up = torch.randn(3, 10)
+    gate, up = gate_up[:, :5].clone(), gate_up[:, 5:].clone()
+    assert torch.allclose(silu_and_mul(gate_up), gate * torch.sigmoid(gate) * up)
+
+
+def test_write_kv_fills_the_cells_and_no_others() -> None:
+    cache = torch.zeros(6, 4)
+    rows = torch.randn(2, 9)
+    write_kv(cache, torch.tensor([4, 1]), rows[:, 3:7])
+    assert torch.equal(cache[4], rows[0, 3:7]) and torch.equal(cache[1], rows[1, 3:7])
+    assert not cache[[0, 2, 3, 5]].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_queries", [1, 2, 5])
+@pytest.mark.parametrize("num_heads", [3, 6])
+@pytest.mark.parametrize(("num_sequences", "num_keys"), [(1, 1), (1, 40), (4, 40), (3, 300)])
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_paged_attention_equals_its_reference(
+    dtype: torch.dtype, num_queries: int, num_heads: int, num_sequences: int, num_keys: int, has_mask: bool
+) -> None:
+    num_kv_heads, head_dim = 3, 8
+    cache = torch.randn(512, 2 * num_kv_heads * head_dim, dtype=dtype)
+    wide = torch.randn(num_sequences * num_queries, num_heads * head_dim + 10, dtype=dtype)
+    queries = wide[:, : num_heads * head_dim].view(num_sequences, num_queries, num_heads * head_dim)
+    cells = torch.randint(0, 512, (num_sequences, num_keys))
+    mask = None
+    if has_mask:
+        hidden = torch.rand(num_sequences, num_queries, num_keys) > 0.6
+        hidden[:, :, 0] = False
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    with torch.inference_mode():
+        ours = paged_attention(queries, cache, cells, mask, num_kv_heads, 0.3)
+        truth = reference_attention.paged_attention(queries, cache, cells, mask, num_kv_heads, 0.3)
+    assert_near(ours, truth, dtype)

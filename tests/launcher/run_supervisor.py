@@ -1,0 +1,27 @@
+"""Run a supervisor over fake children: `python run_supervisor.py MARKS TIMEOUT NAME=BEHAVIOUR …`."""
+
+import sys
+from pathlib import Path
+
+from loraplex.console import Console
+from loraplex.plan import LaunchPlan, ProcessSpec
+from loraplex.supervisor import Supervisor
+from loraplex_server import log
+from loraplex_server.config import ApiConfig, ServeConfig
+
+FAKE_CHILD = Path(__file__).with_name("fake_child.py")
+
+
+def main() -> int:
+    marks, timeout, *children = sys.argv[1:]
+    log.set_up("launcher")
+    specs = []
+    for child in children:
+        name, behaviour = child.split("=")
+        specs.append(ProcessSpec(name, (sys.executable, str(FAKE_CHILD), behaviour, marks), {"FAKE_CHILD": "yes"}))
+    config = ServeConfig(api=ApiConfig(hostname="127.0.0.1", port=3999, graceful_termination_timeout=int(timeout)))
+    return Supervisor(LaunchPlan(config, tuple(specs)), Console(bars=False)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+from dataclasses import replace
+
+import pytest
+
+from loraplex.flags import Settings
+from loraplex.launch_error import LaunchError
+from loraplex.machine import Machine
+from loraplex.plan import CheckpointFacts, LaunchPlan, check_served, make_plan
+from loraplex_models.config import parse_config
+from loraplex_server.config import AdapterConfig, AdapterSource, ApiConfig, EngineConfig, LaunchConfig, ServeConfig
+
+GIB = 1024**3
+MACHINE = Machine(num_cores=8, memory_bytes=8 * GIB)
+LLAMA = parse_config(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "vocab_size": 100,
+        "dtype": "bfloat16",
+    }
+)
+FACTS = CheckpointFacts(path="/models/m", model_id="m", revision="abc", config=LLAMA, weight_bytes=GIB)
+
+
+def settings(launch: LaunchConfig | None = None, engine: EngineConfig | None = None) -> Settings:
+    serve = ServeConfig(api=ApiConfig(port=3001), engine=engine or EngineConfig())
+    return Settings(launch=launch or LaunchConfig(model_id="m"), serve=serve)
+
+
+def plan(
+    engine: EngineConfig | None = None,
+    facts: CheckpointFacts = FACTS,
+    machine: Machine = MACHINE,
+    openmp_is_set: bool = False,
+) -> LaunchPlan:
+    return make_plan(settings(engine=engine), facts, machine, openmp_is_set=openmp_is_set)
+
+
+def test_what_was_found_is_handed_to_the_processes() -> None:
+    adapter = AdapterSource(adapter_id="a", path="/a", digest="d", rank=8, num_bytes=100)
+    engine = EngineConfig(adapters=AdapterConfig(max_lora_rank=16))
+    config = plan(engine, replace(FACTS, adapters=(adapter,))).config
+    assert config.engine.model_path == "/models/m"
+    assert (config.api.model_id, config.api.model_sha, config.api.port) == ("m", "abc", 3001)
+    assert config.engine.adapters.sources == (adapter,)
+    assert config.engine.adapters.max_lora_rank == 16
+
+
+def test_one_api_process_starts_before_one_engine() -> None:
+    api, engine = plan().processes
+    assert (api.name, engine.name) == ("api", "engine")
+    assert (api.rank, engine.rank) == (None, 0)
+
+
+@pytest.mark.parametrize(("wanted", "resolved"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_auto_takes_the_checkpoints_dtype(wanted: str, resolved: str) -> None:
+    assert plan(EngineConfig(dtype=wanted)).config.engine.dtype == resolved
+
+
+@pytest.mark.parametrize(("num_cores", "threads"), [(1, 1), (2, 2), (4, 4), (64, 4)])
+def test_the_engine_computes_on_at_most_four_threads(num_cores: int, threads: int) -> None:
+    made = plan(machine=replace(MACHINE, num_cores=num_cores))
+    assert made.config.engine.num_threads == threads
+    assert made.processes[1].env == {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "2000"}
+    assert made.processes[0].env == {}
+
+
+def test_a_users_own_openmp_settings_stay_as_they_are() -> None:
+    made = plan(openmp_is_set=True)
+    assert made.processes[1].env == {}
+    assert made.config.engine.num_threads == 0
+
+
+def test_a_given_number_of_threads_is_taken_in_any_case() -> None:
+    assert plan(EngineConfig(num_threads=6)).processes[1].env["OMP_NUM_THREADS"] == "6"
+    assert plan(EngineConfig(num_threads=6), openmp_is_set=True).config.engine.num_threads == 6
+
+
+@pytest.mark.parametrize(
+    ("weight_bytes", "dtype", "fits"),
+    [
+        (8 * GIB, "auto", True),
+        (8 * GIB + 2, "auto", False),
+        (4 * GIB, "float32", True),
+        (4 * GIB + 2, "float32", False),
+    ],
+)
+def test_weights_that_memory_cannot_hold_are_refused_before_they_are_read(
+    weight_bytes: int, dtype: str, fits: bool
+) -> None:
+    facts = replace(FACTS, weight_bytes=weight_bytes)
+    if fits:
+        plan(EngineConfig(dtype=dtype), facts)
+    else:
+        with pytest.raises(LaunchError, match="out of memory"):
+            plan(EngineConfig(dtype=dtype), facts)
+
+
+def test_an_architecture_that_is_not_served_is_named() -> None:
+    with pytest.raises(LaunchError, match="BloomForCausalLM"):
+        plan(facts=replace(FACTS, config=replace(LLAMA, architecture="BloomForCausalLM")))
+
+
+def test_quantised_weights_are_refused() -> None:
+    with pytest.raises(LaunchError, match="gptq"):
+        plan(facts=replace(FACTS, config=replace(LLAMA, quantization={"quant_method": "gptq"})))
+
+
+def test_a_stored_dtype_that_is_not_computed_in_needs_a_choice() -> None:
+    facts = replace(FACTS, config=replace(LLAMA, dtype="float64"))
+    with pytest.raises(LaunchError, match="--dtype"):
+        plan(facts=facts)
+    assert plan(EngineConfig(dtype="float32"), facts).config.engine.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("launch", "engine", "named"),
+    [
+        (LaunchConfig(), EngineConfig(), "--model-id"),
+        (LaunchConfig(model_id="m"), EngineConfig(num_shard=2), "not served yet"),
+        (LaunchConfig(model_id="m", sharded=True), EngineConfig(), "not served yet"),
+        (LaunchConfig(model_id="m"), EngineConfig(quantize="awq"), "not served yet"),
+        (LaunchConfig(model_id="m"), EngineConfig(rope_factor=2.0), "--rope-scaling"),
+        (LaunchConfig(model_id="m"), EngineConfig(rope_scaling="linear"), "--rope-factor"),
+    ],
+)
+def test_what_is_not_served_is_refused_before_anything_is_fetched(
+    launch: LaunchConfig, engine: EngineConfig, named: str
+) -> None:
+    with pytest.raises(LaunchError, match=named):
+        check_served(settings(launch, engine))
+
+
+def test_the_summary_says_what_was_resolved() -> None:
+    adapter = AdapterSource(adapter_id="pirate", path="/a", digest="d", rank=8, num_bytes=100)
+    text = "\n".join(plan(facts=replace(FACTS, adapters=(adapter,))).summary)
+    for word in ("m at abc", "LlamaForCausalLM", "bfloat16", "cpu", "4 threads", "1 rank", "pirate", "rank 8"):
+        assert word in text

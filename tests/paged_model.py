@@ -1,0 +1,86 @@
+"""Runs a model over scattered KV blocks, any mix of decodes and chunks in a step, and collects every token's logits."""
+
+import random
+
+import torch
+from loraplex_models.adapters.slots import AdapterSlots
+from loraplex_models.decoder import CausalLM
+from loraplex_models.forward import AttentionBatch, ForwardBatch
+from torch import Tensor
+
+
+class PagedModel:
+    """Sequences of given tokens, computed in the steps that a test asks for; blocks come in random order."""
+
+    def __init__(
+        self, model: CausalLM, *, block_size: int = 4, num_blocks: int = 256, slots: AdapterSlots | None = None
+    ) -> None:
+        self.model = model
+        self.slots = slots
+        self.block_size = block_size
+        self.cache = model.new_kv_cache(num_blocks, block_size)
+        self._free = list(range(num_blocks))
+        random.Random(7).shuffle(self._free)
+        self._tokens: dict[str, list[int]] = {}
+        self._slot: dict[str, int] = {}
+        self._done: dict[str, int] = {}
+        self._blocks: dict[str, list[int]] = {}
+        self._logits: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, tokens: list[int], slot: int = -1) -> None:
+        self._tokens[name], self._slot[name] = tokens, slot
+        self._done[name], self._blocks[name], self._logits[name] = 0, [], []
+
+    def logits(self, name: str) -> Tensor:
+        return torch.cat(self._logits[name])
+
+    def remaining(self, name: str) -> int:
+        return len(self._tokens[name]) - self._done[name]
+
+    def run_alone(self, name: str, chunk: int) -> Tensor:
+        while self.remaining(name):
+            self.step({name: min(chunk, self.remaining(name))})
+        return self.logits(name)
+
+    def step(self, counts: dict[str, int]) -> None:
+        """Compute the next `counts[name]` tokens of each named sequence in one forward pass."""
+        decodes = sorted((n for n in counts if counts[n] == 1), key=self._slot.__getitem__)
+        names = decodes + sorted((n for n in counts if counts[n] > 1), key=self._slot.__getitem__)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        cells: list[int] = []
+        starts, lengths = [0], []
+        for name in names:
+            first = self._done[name]
+            last = first + counts[name]
+            while len(self._blocks[name]) * self.block_size < last:
+                self._blocks[name].append(self._free.pop())
+            token_ids += self._tokens[name][first:last]
+            positions += range(first, last)
+            blocks = self._blocks[name]
+            cells += [blocks[p // self.block_size] * self.block_size + p % self.block_size for p in range(first, last)]
+            starts.append(len(token_ids))
+            lengths.append(last)
+            self._done[name] = last
+        width = max(len(self._blocks[name]) for name in names)
+        table = [self._blocks[name] + [0] * (width - len(self._blocks[name])) for name in names]
+        lora = self.slots.route(starts, [self._slot[name] for name in names]) if self.slots else None
+        batch = ForwardBatch(
+            token_ids=torch.tensor(token_ids),
+            positions=torch.tensor(positions),
+            sample_rows=torch.arange(len(token_ids)),
+            attention=AttentionBatch(
+                query_start=torch.tensor(starts, dtype=torch.int32),
+                seq_lens=torch.tensor(lengths, dtype=torch.int32),
+                block_table=torch.tensor(table, dtype=torch.int32),
+                slot_mapping=torch.tensor(cells),
+                num_decodes=len(decodes),
+                max_query_len=max(counts.values()),
+                max_seq_len=max(lengths),
+            ),
+            lora=lora,
+        )
+        with torch.inference_mode():
+            logits = self.model.forward(batch, self.cache)
+        for i, name in enumerate(names):
+            self._logits[name].append(logits[starts[i] : starts[i + 1]])

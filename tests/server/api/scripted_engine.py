@@ -1,0 +1,269 @@
+"""A server for tests: the real app and EngineClient over a link to an engine that follows a script."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import uvicorn
+
+from loraplex_server.adapter_registry import AdapterRegistry
+from loraplex_server.api.admission import Admission
+from loraplex_server.api.app import build_app
+from loraplex_server.api.client import EngineClient
+from loraplex_server.api.generation import Generator
+from loraplex_server.api.state import ApiState, Serving
+from loraplex_server.config import AdapterConfig, AdapterSource, ApiConfig, EngineConfig, ServeConfig
+from loraplex_server.messages import (
+    AbortRequest,
+    EngineReady,
+    EngineStats,
+    FromEngine,
+    GenerateRequest,
+    StepOutput,
+    ToEngine,
+    TokenOutput,
+    TopLogprob,
+)
+from loraplex_server.metrics import Metrics
+from loraplex_server.text.detokenizer import ByteLevelDetokenizer
+from loraplex_server.text.tokenizer import TokenSpan
+
+BOS, EOS, MERGED = 256, 257, 258
+SPELLINGS = {BOS: "<s>", EOS: "</s>", MERGED: "STOPafter"}
+
+READY = EngineReady(
+    max_input_tokens=40,
+    max_total_tokens=60,
+    max_batch_prefill_tokens=32,
+    max_batch_total_tokens=640,
+    max_batch_size=8,
+    num_kv_blocks=40,
+    block_size=16,
+    vocab_size=259,
+    end_token_ids=[EOS],
+    dtype="float32",
+    device="cpu",
+    max_loras=4,
+)
+
+
+def adapter_source(adapter_id: str) -> AdapterSource:
+    return AdapterSource(
+        adapter_id=adapter_id, path=f"/nowhere/{adapter_id}", digest=f"d-{adapter_id}", rank=8, num_bytes=1
+    )
+
+
+class ByteTokenizer:
+    """One token a byte of UTF-8, behind a start token."""
+
+    vocab_size = 259
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    async def encode_async(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self.encode(text, add_special_tokens)
+
+    async def encode_with_offsets(self, text: str) -> list[TokenSpan]:
+        return [TokenSpan(BOS, "", 0, 0)] + [TokenSpan(ord(c), c, i, i + 1) for i, c in enumerate(text)]
+
+    def token_text(self, token_id: int) -> str:
+        return SPELLINGS.get(token_id) or bytes([token_id]).decode(errors="replace")
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in (BOS, EOS)
+
+    def new_detokenizer(self, prompt_token_ids: list[int]) -> ByteLevelDetokenizer:
+        return ByteLevelDetokenizer(self._bytes)
+
+    def _bytes(self, token_id: int) -> bytes:
+        if token_id in (BOS, EOS):
+            return b""
+        return SPELLINGS[token_id].encode() if token_id in SPELLINGS else bytes([token_id])
+
+
+@dataclass
+class ScriptedEngine:
+    """Answers every request with the tokens of its adapter's text, one a step, then the end token.
+
+    With `gate`, a request stops before token number `gate_at` until the gate is opened.
+    """
+
+    texts: dict[str | None, str] = field(
+        default_factory=lambda: {None: "hello world", "pirate": "arr", "json": '{"a": 1}'}
+    )
+    token_ids: list[int] | None = None
+    gate: asyncio.Event | None = None
+    gate_at: int = 0
+    fail_at: int | None = None
+    cancel_at: int | None = None
+    requests: list[GenerateRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._outbox: asyncio.Queue[FromEngine] = asyncio.Queue()
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    async def send(self, message: ToEngine) -> None:
+        """The API's end of the link: what the engine takes."""
+        match message:
+            case GenerateRequest():
+                self.requests.append(message)
+                self._running[message.request_id] = asyncio.create_task(self._generate(message))
+            case AbortRequest(request_id=request_id):
+                self.aborted.append(request_id)
+                self._running[request_id].cancel()
+
+    async def receive(self) -> FromEngine:
+        """The API's end of the link: what the engine says."""
+        return await self._outbox.get()
+
+    def say(self, message: FromEngine) -> None:
+        self._outbox.put_nowait(message)
+
+    @property
+    def num_running(self) -> int:
+        return sum(not task.done() for task in self._running.values())
+
+    async def _generate(self, request: GenerateRequest) -> None:
+        token_ids = self.token_ids or [*self.texts[request.adapter_id].encode(), EOS]
+        sampling = request.sampling
+        for i, token_id in enumerate(token_ids[: sampling.max_new_tokens]):
+            if self.gate is not None and i == self.gate_at:
+                await self.gate.wait()
+            if self.cancel_at == i:
+                self._step(TokenOutput(request_id=request.request_id, finish_reason="cancelled"))
+                return
+            if self.fail_at == i:
+                self._step(
+                    TokenOutput(request_id=request.request_id, finish_reason="error", error="Server error: boom")
+                )
+                return
+            is_end = token_id == EOS and not sampling.ignore_eos
+            is_last = i + 1 == min(len(token_ids), sampling.max_new_tokens)
+            self._step(
+                TokenOutput(
+                    request_id=request.request_id,
+                    token_ids=[token_id],
+                    logprobs=[-0.25 - (sampling.seed % 97) / 100 if sampling.do_sample else -0.25],
+                    top_logprobs=[self._top(token_id, sampling.num_logprobs)] if sampling.num_logprobs else [],
+                    finish_reason=("length" if i + 1 == sampling.max_new_tokens else "eos_token")
+                    if is_last or is_end
+                    else None,
+                    prompt_logprobs=self._prompt(request) if sampling.prompt_logprobs and i == 0 else None,
+                    queue_time_s=0.001 if i == 0 else None,
+                )
+            )
+            await asyncio.sleep(0)
+
+    @staticmethod
+    def _top(token_id: int, number: int) -> list[TopLogprob]:
+        return [TopLogprob(token_id, -0.25), *(TopLogprob(97 + i, float("-inf")) for i in range(number - 1))]
+
+    @staticmethod
+    def _prompt(request: GenerateRequest) -> list[float | None]:
+        return [None, *(-1.0 for _ in request.prompt_token_ids[1:])]
+
+    def _step(self, output: TokenOutput) -> None:
+        stats = EngineStats(num_running=self.num_running, num_kv_blocks=40, num_generated_tokens=len(output.token_ids))
+        self.say(StepOutput(outputs=[output], stats=stats))
+
+
+@dataclass
+class TestServer:
+    """A running API with its scripted engine."""
+
+    __test__ = False
+
+    state: ApiState
+    engine: ScriptedEngine
+    engine_client: EngineClient
+    http: httpx.AsyncClient
+    admission: Admission | None
+    base_url: str = "http://api"
+
+    async def generate(self, inputs: Any = "hi", path: str = "/generate", **parameters: Any) -> httpx.Response:
+        body: dict[str, Any] = {"inputs": inputs}
+        if parameters:
+            body["parameters"] = parameters
+        return await self.http.post(path, json=body)
+
+    async def until_idle(self) -> None:
+        """Wait until the engine runs nothing and all permits are back."""
+        while self.engine.num_running or self.engine_client.num_in_flight or self.admission.num_permits_taken:
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def api_server(
+    engine: ScriptedEngine | None = None,
+    *,
+    live: bool = False,
+    is_ready: bool = True,
+    limits: EngineReady = READY,
+    prefill_logprobs: bool = False,
+    adapters: tuple[str, ...] = ("pirate", "json"),
+    **api_settings: Any,
+) -> AsyncIterator[TestServer]:
+    """The API over an engine; in memory, or with `live` behind a real socket."""
+    engine = engine or ScriptedEngine()
+    sources = tuple(adapter_source(name) for name in adapters)
+    config = ServeConfig(
+        api=ApiConfig(**{"model_id": "tiny-base", **api_settings}),
+        engine=EngineConfig(adapters=AdapterConfig(sources=sources), enable_prefill_logprobs=prefill_logprobs),
+    )
+    metrics = Metrics()
+    registry = AdapterRegistry(config.engine.adapters)
+    state = ApiState(config, registry, metrics)
+    client = EngineClient(engine, metrics.observe_stats)
+    carrying = asyncio.create_task(client.run())
+    admission = None
+    if is_ready:
+        metrics.set_limits(limits)
+        tokenizer: Any = ByteTokenizer()
+        admission = Admission(config.api, limits, tokenizer, registry, prefill_logprobs=prefill_logprobs)
+        state.start_serving(Serving(Generator(admission, client, tokenizer, metrics), limits))
+    app = build_app(state)
+    async with (
+        _transport(app, live) as (transport, base_url),
+        httpx.AsyncClient(transport=transport, base_url=base_url, timeout=20) as http,
+    ):
+        yield TestServer(state, engine, client, http, admission, base_url)
+    carrying.cancel()
+    await asyncio.gather(carrying, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _transport(app: Any, live: bool) -> AsyncIterator[tuple[httpx.AsyncBaseTransport | None, str]]:
+    if not live:
+        yield httpx.ASGITransport(app, raise_app_exceptions=False), "http://api"
+        return
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, lifespan="off", log_config=None, log_level="critical", timeout_graceful_shutdown=1)
+    )
+    server.capture_signals = _no_signals  # type: ignore[method-assign]
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.005)
+    yield None, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    await serving
+
+
+class _no_signals:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def with_server(test: Callable[[TestServer], Awaitable[None]], **options: Any) -> None:
+    """Run a test's coroutine against a fresh server."""
+
+    async def run() -> None:
+        async with asyncio.timeout(60), api_server(**options) as server:
+            await test(server)
+
+    asyncio.run(run())
