@@ -3,10 +3,11 @@
 import random
 
 import torch
+from torch import Tensor
+
 from loraplex_models.adapters.slots import AdapterSlots
 from loraplex_models.decoder import CausalLM
 from loraplex_models.forward import AttentionBatch, ForwardBatch
-from torch import Tensor
 
 
 class PagedModel:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from loraplex_kernels.activation import silu_and_mul
 from loraplex_kernels.attention import paged_attention
 from loraplex_kernels.kv_cache import write_kv
@@ -11,7 +13,6 @@ from loraplex_kernels.reference import attention as reference_attention
 from loraplex_kernels.reference import linear as reference_linear
 from loraplex_kernels.reference import norm as reference_norm
 from loraplex_kernels.rope import rotate
-from torch import Tensor
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from loraplex_kernels.lora import lora_expand, lora_shrink, pack_lora
 from loraplex_kernels.reference import lora as reference
-from torch import Tensor
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 RANKS = {0: 8, 1: 3, 2: 16, 3: 1}

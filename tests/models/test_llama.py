@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_models.decoder import CausalLM
-from loraplex_models.loader import load_model
-from loraplex_models.parallel import ParallelGroup
 from paged_model import PagedModel
 from tiny_models import make_tiny_llama
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from loraplex_models.decoder import CausalLM
+from loraplex_models.loader import load_model
+from loraplex_models.parallel import ParallelGroup
 
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},

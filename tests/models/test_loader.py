@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from paged_model import PagedModel
+from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny_llama
+
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
 from loraplex_models.decoder import CausalLM
 from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
-from paged_model import PagedModel
-from safetensors.torch import load_file, save_file
-from tiny_models import make_tiny_llama
 
 
 def load(folder: Path, **options: Any) -> CausalLM:

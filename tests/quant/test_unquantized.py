@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from loraplex_quant.method import QuantMethod
 from loraplex_quant.unquantized import Unquantized
 

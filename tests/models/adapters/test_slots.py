@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from paged_model import PagedModel
+from tiny_models import load_peft, make_peft_adapter, make_tiny_llama
+
 from loraplex_models.adapters import slots as slots_module
 from loraplex_models.adapters.manifest import check_adapter
 from loraplex_models.adapters.slots import AdapterSlots
@@ -16,8 +19,6 @@ from loraplex_models.adapters.weights import AdapterWeights, load_adapter_weight
 from loraplex_models.decoder import CausalLM
 from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
-from paged_model import PagedModel
-from tiny_models import load_peft, make_peft_adapter, make_tiny_llama
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"rank": 4},
@@ -161,7 +162,8 @@ def test_a_part_of_a_known_batch_reuses_its_stack(world: World) -> None:
     whole = slots.route((0, 1, 2), (places["all"], places["one layer"]))
     part = slots.route((0, 1, 2), (-1, places["all"]))
     assert whole is not None and part is not None
-    assert [d.a is e.a for d, e in zip(whole.tiles[0].deltas, part.tiles[0].deltas, strict=True) if d and e][0]
+    pairs = zip(whole.tiles[0].deltas, part.tiles[0].deltas, strict=True)
+    assert all(d.a is e.a for d, e in pairs if d and e)
     assert len(slots._stacks) == 1
     small = slots.route((0, 1), (places["mlp"],))
     assert small is not None

@@ -18,7 +18,7 @@ from loraplex_models.adapters.slots import AdapterSlots
 from loraplex_server.engine import sequence as sequence_module
 from loraplex_server.engine.block_manager import root_hash
 
-NUM_MIXES = 30
+NUM_MIXES = 300
 BLOCK_SIZE = 8
 END_TOKEN = 2
 
@@ -52,7 +52,7 @@ def run_mix(bench: EngineBench, truth: Truth, seed: int) -> tuple[list[str], Cou
     budget = rng.choice([4, 8, 16, 64])
     bench.start(
         block_size=BLOCK_SIZE,
-        num_kv_blocks=rng.randint(7, 12),
+        num_kv_blocks=rng.choice([7, 8, 10, 12, 30]),
         max_total_tokens=56,
         max_batch_size=rng.choice([2, 4, 8, 8]),
         max_batch_prefill_tokens=budget,
