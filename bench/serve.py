@@ -127,7 +127,7 @@ def _loads(
         if target in targets:
             loads.append(Load(f"{target} {name}", targets[target], adapters, count, concurrency, spread))
 
-    at_once = f"x{options.concurrency}"
+    at_once = _at_once(options)
     add(f"base {at_once}", "loraplex", [None], many, options.concurrency, "identical")
     add(f"mix {at_once}", "loraplex", mix, many, options.concurrency, options.distribution)
     for peer in ("vllm", "llama.cpp"):
@@ -168,7 +168,7 @@ def _run(options: argparse.Namespace, load: Load, requests: list[Request], num_t
 
 
 def _print(options: argparse.Namespace, runs: dict[str, list[Run]]) -> None:
-    at_once = f"x{options.concurrency}"
+    at_once = _at_once(options)
     base, mix = f"loraplex base {at_once}", f"loraplex mix {at_once}"
     wanted = [
         Ratio("mix over base only, same server", mix, base, 0.65),
@@ -196,6 +196,10 @@ def _print(options: argparse.Namespace, runs: dict[str, list[Run]]) -> None:
     print(report.ratios(runs, wanted))
     if failures := report.errors(runs):
         print(f"\nfailed:\n{failures}")
+
+
+def _at_once(options: argparse.Namespace) -> str:
+    return f"at {options.rate:g}/s" if options.rate else f"x{options.concurrency}"
 
 
 def _say(text: str) -> None:

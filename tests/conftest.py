@@ -1,4 +1,4 @@
-"""What all tests share: one thread per process, so that tests beside each other do not wait for each other's spinning."""
+"""What all tests share: one thread a process, so that tests beside each other do not wait for each other's spinning."""
 
 import os
 

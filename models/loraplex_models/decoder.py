@@ -143,23 +143,30 @@ class CausalLM:
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Size of one KV block over all layers."""
-        return self.config.num_layers * block_size * self._kv_width() * self.dtype.itemsize
+        cell_size = 2 * self.config.num_kv_heads * self.config.head_dim
+        return self.config.num_layers * block_size * cell_size * self.dtype.itemsize
 
     def new_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """Return an empty cache of that many blocks."""
-        return KVCache(self.config.num_layers, num_blocks, block_size, self._kv_width(), self.dtype, self.device)
+        config = self.config
+        return KVCache(
+            num_layers=config.num_layers,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
         """Return the logits of `batch.sample_rows`, [S, vocab] in the model's dtype; writes the cache in place.
 
         To be called under torch.inference_mode.
         """
-        plan = plan_attention(batch.attention, kv_cache.block_size, self.dtype, self.config.sliding_window)
+        plan = plan_attention(batch.attention, kv_cache, self.config.sliding_window)
         angles = self._rotary.angles(batch.positions)
         x = self._embedding.forward(batch.token_ids)
         for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
             x = layer.forward(x, angles, cache, plan, batch.lora)
         return self._head.forward(self._norm.forward(x.index_select(0, batch.sample_rows)))
-
-    def _kv_width(self) -> int:
-        return 2 * self.config.num_kv_heads * self.config.head_dim

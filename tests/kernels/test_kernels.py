@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loraplex_kernels.activation import silu_and_mul
-from loraplex_kernels.attention import paged_attention
+from loraplex_kernels.attention import order_cells, paged_attention
 from loraplex_kernels.kv_cache import write_kv
 from loraplex_kernels.linear import linear, pack_weight
 from loraplex_kernels.norm import rms_norm
@@ -48,13 +49,16 @@ def test_a_packed_linear_equals_a_plain_one(dtype: torch.dtype, rows: int, has_b
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("size", [0.001, 1.0, 100.0])
 def test_rms_norm_equals_its_reference(dtype: torch.dtype, rows: int, size: float) -> None:
-    x, weight = torch.randn(rows, 64, dtype=dtype) * size, torch.rand(64, dtype=dtype) + 0.5
+    x, weight = torch.randn(rows, 64, dtype=dtype) * size, torch.rand(64) + 0.5
+    scale, floor = weight * 64**0.5, torch.tensor((1e-5 * 64) ** 0.5)
     with torch.inference_mode():
-        assert_near(rms_norm(x, weight, 1e-5), reference_norm.rms_norm(x, weight, 1e-5), dtype)
+        ours = rms_norm(x, scale, floor)
+        assert_near(ours, reference_norm.rms_norm(x, scale, floor), dtype)
+        assert_near(ours, F.rms_norm(x.float(), (64,), weight, 1e-5).to(dtype), dtype)
 
 
 def test_rms_norm_of_zeros_is_zero() -> None:
-    assert torch.equal(rms_norm(torch.zeros(2, 8), torch.ones(8), 1e-5), torch.zeros(2, 8))
+    assert torch.equal(rms_norm(torch.zeros(2, 8), torch.ones(8), torch.tensor(0.01)), torch.zeros(2, 8))
 
 
 def test_rotate_turns_each_pair_of_a_head_by_its_angle() -> None:
@@ -101,6 +105,26 @@ def test_paged_attention_equals_its_reference(
         hidden[:, :, 0] = False
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
     with torch.inference_mode():
-        ours = paged_attention(queries, cache, cells, mask, num_kv_heads, 0.3)
+        ordered = order_cells(cells, num_queries, num_kv_heads, dtype)
+        ours = paged_attention(queries, cache, ordered, mask, num_kv_heads, 0.3)
+        assert torch.equal(ours, paged_attention(queries, cache, cells, mask, num_kv_heads, 0.3)) or ordered.dim() == 3
         truth = reference_attention.paged_attention(queries, cache, cells, mask, num_kv_heads, 0.3)
     assert_near(ours, truth, dtype)
+
+
+def test_keys_that_lie_one_after_the_other_need_no_cells() -> None:
+    cache, queries = torch.randn(40, 2 * 3 * 8), torch.randn(1, 2, 6 * 8)
+    run = torch.arange(10, 35).unsqueeze(0)
+    for attend in (paged_attention, reference_attention.paged_attention):
+        by_cells = attend(queries, cache, run, None, 3, 0.3)
+        assert torch.allclose(attend(queries, cache[10:35], None, None, 3, 0.3), by_cells, atol=1e-6)
+
+
+def test_rows_of_single_heads_name_the_same_cells() -> None:
+    cells = torch.randint(0, 100, (2, 300))
+    rows = order_cells(cells, 1, 3, torch.bfloat16)
+    assert order_cells(cells, 2, 3, torch.bfloat16) is cells
+    assert order_cells(cells, 1, 3, torch.float32) is cells
+    cache, queries = torch.randn(100, 48).bfloat16(), torch.randn(2, 1, 24).bfloat16()
+    truth = reference_attention.paged_attention(queries, cache, cells, None, 3, 0.3)
+    assert torch.equal(reference_attention.paged_attention(queries, cache, rows, None, 3, 0.3), truth)

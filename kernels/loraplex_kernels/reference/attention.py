@@ -5,13 +5,15 @@ from torch import Tensor
 
 
 def paged_attention(
-    queries: Tensor, cache: Tensor, cells: Tensor, mask: Tensor | None, num_kv_heads: int, scale: float
+    queries: Tensor, cache: Tensor, cells: Tensor | None, mask: Tensor | None, num_kv_heads: int, scale: float
 ) -> Tensor:
+    if cells is not None and cells.dim() == 3:
+        cells = cells[0] // (2 * num_kv_heads)
     head_dim = cache.shape[1] // (2 * num_kv_heads)
     num_heads = queries.shape[2] // head_dim
     out = torch.empty_like(queries)
-    for sequence in range(len(cells)):
-        keys_values = cache[cells[sequence]].view(-1, 2, num_kv_heads, head_dim)
+    for sequence in range(len(queries)):
+        keys_values = (cache if cells is None else cache[cells[sequence]]).view(-1, 2, num_kv_heads, head_dim)
         for head in range(num_heads):
             columns = slice(head * head_dim, (head + 1) * head_dim)
             keys, values = keys_values[:, :, head // (num_heads // num_kv_heads)].unbind(1)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, scale: Tensor, floor: Tensor) -> Tensor:
     wide = x.float()
-    return (wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype) * weight
+    squares = (wide * wide).sum(-1, keepdim=True)
+    return (wide / (squares + floor * floor).sqrt() * scale).to(x.dtype)

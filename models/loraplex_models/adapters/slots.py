@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from loraplex_kernels.lora import pack_lora
+from loraplex_kernels.lora import LoraLayout, choose_layout, pack_lora
 from loraplex_models.forward import LoraBatch, LoraDelta, LoraTile
 from loraplex_models.layers.linear import Linear
 
@@ -26,13 +26,24 @@ STACK_CACHE_BYTES = 256 * 2**20
 NO_SLOT = -1
 
 
-@dataclass(frozen=True, slots=True)
 class _StackedLinear:
-    """Several adapters' weights for one linear, side by side, and which slot each rank row is of."""
+    """Several adapters' weights for one linear, side by side, packed in each layout that a batch has asked for."""
 
-    a: Tensor
-    b: Tensor
-    row_slots: tuple[int, ...]
+    def __init__(self, a: Tensor, b: Tensor, row_slots: tuple[int, ...]) -> None:
+        self.row_slots = row_slots  # which slot each rank row is of
+        self.num_bytes = a.nbytes + b.nbytes
+        self._plain = (a, b)
+        self._packed: dict[LoraLayout, tuple[Tensor, Tensor]] = {}
+
+    def packed(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Return A and B in the best layout for that many tokens."""
+        a, b = self._plain
+        layout = choose_layout(num_tokens, len(a), a.shape[1], b.shape[1], a.device)
+        if layout not in self._packed:
+            self._packed[layout] = pack_lora(a, b, layout)
+            # An estimate: a packed tensor does not tell its size.
+            self.num_bytes += 2 * (a.nbytes + b.nbytes) if layout is LoraLayout.SMALL else a.nbytes + b.nbytes
+        return self._packed[layout]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +52,11 @@ class _Stack:
 
     slots: frozenset[int]
     linears: tuple[_StackedLinear | None, ...]
-    num_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all layouts made so far."""
+        return sum(linear.num_bytes for linear in self.linears if linear is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +123,14 @@ class AdapterSlots:
             return None
         lengths = torch.tensor([starts[i + 1] - starts[i] for i in range(len(slots))])
         token_slots = torch.tensor(slots, dtype=torch.int32).repeat_interleave(lengths).to(self._device)
+        tiles = tuple(self._make_tile(tile, token_slots) for tile in self._split(segments))
+        self._drop_old_stacks()
         return LoraBatch(
             token_slots=token_slots,
             segment_start=starts,
             segment_slots=slots,
             max_rank=max(self._adapters[slot].rank for slot in used),
-            tiles=tuple(self._make_tile(tile, token_slots) for tile in self._split(segments)),
+            tiles=tiles,
         )
 
     def _split(self, segments: list[_Segment]) -> list[list[_Segment]]:
@@ -146,25 +163,27 @@ class AdapterSlots:
         for linear in stack.linears:
             if linear is None or slots.isdisjoint(linear.row_slots):
                 deltas.append(None)
-            elif is_uniform:
-                deltas.append(LoraDelta(linear.a, linear.b, None))
-            else:
-                if linear.row_slots not in foreign:
-                    foreign[linear.row_slots] = tile_slots != torch.tensor(linear.row_slots, device=self._device)
-                deltas.append(LoraDelta(linear.a, linear.b, foreign[linear.row_slots]))
+                continue
+            row_slots = linear.row_slots
+            if not is_uniform and row_slots not in foreign:
+                foreign[row_slots] = tile_slots != torch.tensor(row_slots, device=self._device)
+            deltas.append(LoraDelta(*linear.packed(end - start), foreign.get(row_slots)))
         return LoraTile(start, end, tuple(deltas))
 
     def _find_stack(self, slots: frozenset[int]) -> _Stack:
         key = slots if slots in self._stacks else self._superset(slots)
-        if key is not None:
-            self._stacks.move_to_end(key)
-            return self._stacks[key]
-        stack = self._make_stack(slots)
-        self._stacks[slots] = stack
-        total = sum(kept.num_bytes for kept in self._stacks.values())
+        if key is None:
+            key = slots
+            self._stacks[key] = _Stack(
+                slots, tuple(self._stack_linear(fused, sorted(slots)) for fused in self._linears)
+            )
+        self._stacks.move_to_end(key)
+        return self._stacks[key]
+
+    def _drop_old_stacks(self) -> None:
+        total = sum(stack.num_bytes for stack in self._stacks.values())
         while total > self._stack_cache_bytes and len(self._stacks) > 1:
             total -= self._stacks.popitem(last=False)[1].num_bytes
-        return stack
 
     def _superset(self, slots: frozenset[int]) -> frozenset[int] | None:
         limit = MAX_SUPERSET_RATIO * self._total_rank(slots)
@@ -173,16 +192,6 @@ class AdapterSlots:
 
     def _total_rank(self, slots: Iterable[int]) -> int:
         return sum(self._rank(slot) for slot in slots)
-
-    def _make_stack(self, slots: frozenset[int]) -> _Stack:
-        stacked = tuple(self._stack_linear(linear, sorted(slots)) for linear in self._linears)
-        # Counted before packing: a packed tensor does not tell its size.
-        num_bytes = sum(
-            len(linear.row_slots) * (fused.in_size + sum(fused.parts.values())) * self._dtype.itemsize
-            for linear, fused in zip(stacked, self._linears, strict=True)
-            if linear is not None
-        )
-        return _Stack(slots, stacked, num_bytes)
 
     def _stack_linear(self, linear: Linear, slots: list[int]) -> _StackedLinear | None:
         """Stack the adapters' weights: each fused module reads the whole input and writes its own columns."""
@@ -201,8 +210,7 @@ class AdapterSlots:
                 first_column += size
         if not rows:
             return None
-        packed_a, packed_b = pack_lora(torch.cat(rows), torch.cat(columns))
-        return _StackedLinear(packed_a, packed_b, tuple(row_slots))
+        return _StackedLinear(torch.cat(rows), torch.cat(columns), tuple(row_slots))
 
     def _check(self, weights: "AdapterWeights") -> None:
         sizes = {

@@ -1,12 +1,14 @@
 """Attention over the paged cache: how a step's sequences are grouped, once, and what each layer then does."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_kernels.attention import paged_attention
+from loraplex_kernels.attention import order_cells, paged_attention
 from loraplex_kernels.kv_cache import write_kv
 from loraplex_kernels.rope import rotate
 from loraplex_models.forward import AttentionBatch
@@ -21,14 +23,31 @@ class KVCache:
     """The keys and values of all blocks, one tensor [num_blocks * block_size, 2 * num_kv_heads * head_dim] a layer."""
 
     def __init__(
-        self, num_layers: int, num_blocks: int, block_size: int, width: int, dtype: torch.dtype, device: torch.device
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        # Zeros: a cell that was never written must hold numbers.
-        cells = torch.zeros(num_layers, num_blocks * block_size, width, dtype=dtype, device=device)
+        self.num_kv_heads = num_kv_heads
+        self.dtype = dtype
+        shape = (num_layers, num_blocks * block_size, 2 * num_kv_heads * head_dim)
+        cells = _zeros(shape, dtype, device)
         self.layers: tuple[Tensor, ...] = cells.unbind(0)
         self.num_bytes = cells.nbytes
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy's zeros are pages that the system hands out at the first touch; torch's would be written here and now.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +58,9 @@ class AttentionGroup:
 
     num_sequences: int
     num_queries: int
-    cells: Tensor  # [P, K] int64
+    num_keys: int
+    cells: Tensor | None  # from order_cells; None when P is 1 and the keys lie one after the other
+    first_cell: int  # where they start then; else -1
     mask: Tensor | None  # [P, N, K]: 0 or -inf; None when all queries see all keys
     first_token: int  # where the group's tokens start, when they stand together without padding; else -1
     tokens: Tensor | None  # [P * N] the token of each query, padding included; None when they stand together
@@ -63,8 +84,8 @@ class _Sequence:
     num_keys: int
 
 
-def plan_attention(batch: AttentionBatch, block_size: int, dtype: torch.dtype, window: int | None) -> AttentionPlan:
-    """Group the step's sequences. With `window` a query sees that many keys, its own included."""
+def plan_attention(batch: AttentionBatch, cache: KVCache, window: int | None) -> AttentionPlan:
+    """Group the step's sequences over a cache. With `window` a query sees that many keys, its own included."""
     starts = batch.query_start.tolist()
     sequences = [
         _Sequence(index, starts[index], starts[index + 1] - starts[index], num_keys)
@@ -74,7 +95,7 @@ def plan_attention(batch: AttentionBatch, block_size: int, dtype: torch.dtype, w
         window = None
     block_table = batch.block_table.long()
     groups = tuple(
-        _make_group(group, block_table, block_size, dtype, window)
+        _make_group(group, block_table, cache, window)
         for part in (sequences[: batch.num_decodes], sequences[batch.num_decodes :])
         for group in _split(part)
     )
@@ -103,9 +124,7 @@ def _is_economical(sequences: Sequence[_Sequence]) -> bool:
     return wasted_keys <= MAX_WASTED_KEYS and wasted_scores <= MAX_WASTED_SCORES
 
 
-def _make_group(
-    sequences: list[_Sequence], block_table: Tensor, block_size: int, dtype: torch.dtype, window: int | None
-) -> AttentionGroup:
+def _make_group(sequences: list[_Sequence], block_table: Tensor, cache: KVCache, window: int | None) -> AttentionGroup:
     num_queries = max(s.num_queries for s in sequences)
     num_keys = max(s.num_keys for s in sequences)
     is_level = all(s.num_queries == num_queries for s in sequences)
@@ -116,11 +135,16 @@ def _make_group(
         first_token = -1
         tokens, padded_rows, group_tokens = _padded_tokens(sequences, num_queries, block_table.device)
     lengths = torch.tensor([[s.num_keys] for s in sequences], device=block_table.device)
+    cells = _cells(sequences, lengths, num_keys, block_table, cache.block_size)
+    ordered = order_cells(cells, num_queries, cache.num_kv_heads, cache.dtype)
+    is_one_run = ordered is cells and len(sequences) == 1 and bool((cells.diff() == 1).all())
     return AttentionGroup(
         num_sequences=len(sequences),
         num_queries=num_queries,
-        cells=_cells(sequences, lengths, num_keys, block_table, block_size),
-        mask=_mask(sequences, lengths, num_queries, num_keys, dtype, window),
+        num_keys=num_keys,
+        cells=None if is_one_run else ordered,
+        first_cell=int(cells[0, 0]) if is_one_run else -1,
+        mask=_mask(sequences, lengths, num_queries, num_keys, cache.dtype, window),
         first_token=first_token,
         tokens=tokens,
         padded_rows=padded_rows,
@@ -194,6 +218,8 @@ class Attention:
         return out
 
     def _attend(self, queries: Tensor, cache: Tensor, group: AttentionGroup) -> Tensor:
+        if group.cells is None:
+            cache = cache.narrow(0, group.first_cell, group.num_keys)
         queries = queries.view(group.num_sequences, group.num_queries, self._query_width)
         found = paged_attention(queries, cache, group.cells, group.mask, self._num_kv_heads, self._scale)
         return found.view(-1, self._query_width)

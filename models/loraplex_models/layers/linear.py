@@ -54,5 +54,7 @@ def _add_delta(out: Tensor, x: Tensor, tile: LoraTile, index: int) -> Tensor:
     num_tokens = tile.end - tile.start
     rows = out.narrow(0, tile.start, num_tokens)
     h = lora_shrink(x.narrow(0, tile.start, num_tokens), delta.a, delta.foreign)
-    rows.copy_(lora_expand(h, delta.b, rows))
+    changed = lora_expand(h, delta.b, rows)
+    if changed is not rows:
+        rows.copy_(changed)
     return out

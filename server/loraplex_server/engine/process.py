@@ -8,9 +8,10 @@ import torch
 
 from loraplex_models.adapters.manifest import ManifestError, check_adapter
 from loraplex_models.adapters.weights import AdapterWeights, load_adapter_weights
+from loraplex_models.checkpoint import CheckpointError
 from loraplex_models.config import ModelConfigError, read_config
 from loraplex_models.decoder import CausalLM
-from loraplex_models.loader import CheckpointError, load_model
+from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
 from loraplex_server.config import EngineConfig, ServeConfig
 from loraplex_server.control import ControlLine

@@ -20,7 +20,7 @@ class AdapterOp(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RowStart(msgspec.Struct, frozen=True, kw_only=True):
-    """A sequence enters a row: how it samples, and its tokens so far (its prompt, and its output after a preemption)."""
+    """A sequence enters a row: how it samples, and its tokens so far: its prompt, and after a preemption its output."""
 
     row: int
     sampling: SamplingParams

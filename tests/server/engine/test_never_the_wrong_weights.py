@@ -7,10 +7,12 @@ enough to preempt and fewer slots than adapters. Every answer is held against tr
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from engines import EngineBench
+from mixes import MixRequest, play
 from tiny_models import make_peft_adapter, make_tiny_llama
 from truth import Truth
 
@@ -62,50 +64,24 @@ def run_mix(bench: EngineBench, truth: Truth, seed: int) -> tuple[list[str], Cou
     adapters = [None, *rng.sample(list(ADAPTERS), 2)]
     heads = [[rng.randrange(3, 256) for _ in range(40)] for _ in range(2)]
     borders = [n for n in (2, BLOCK_SIZE, 2 * BLOCK_SIZE, budget, 2 * budget, 3 * BLOCK_SIZE) if n < 32]
-    requests: dict[str, tuple[list[int], str | None]] = {}
-    cancelled: set[str] = set()
-    for number in range(rng.randint(4, 12)):
-        length = max(1, min(rng.choice(borders) + rng.randint(-1, 1), 40))
-        if rng.random() < 0.8:
-            prompt = [*rng.choice(heads)[: length - 1], rng.randrange(3, 256)]
-        else:
-            prompt = [rng.randrange(3, 256) for _ in range(length)]
-        adapter = rng.choice(adapters)
-        name = str(number)
-        requests[name] = (prompt, adapter)
-        bench.add(name, prompt, adapter, max_new_tokens=rng.choice([1, 8, 24, 24]), ignore_eos=rng.random() < 0.3)
-        for _ in range(rng.choice([0, 0, 0, 1, 5])):
-            bench.step()
-        if rng.random() < 0.1:
-            victim = rng.choice(list(requests))
-            cancelled.add(victim)
-            bench.engine.abort(victim)
-    bench.run()
-    objections = []
-    for name, (prompt, adapter) in requests.items():
-        if name in cancelled and not (bench.outputs[name] and bench.outputs[name][-1].finish_reason):
-            continue
-        ignores_end = len(bench.answer(name).token_ids) > 1 and END_TOKEN in bench.answer(name).token_ids[:-1]
-        objection = truth.objection(adapter, prompt, bench.answer(name), set() if ignores_end else {END_TOKEN})
-        if objection:
-            objections.append(f"mix {seed}, request {name} ({adapter}, {len(prompt)} prompt tokens): {objection}")
-    engine = bench.engine
-    engine.blocks.check_integrity()
-    assert engine.blocks.num_used == 0 and engine.adapters.num_pins == 0
-    happened = Counter(
-        mixes=1,
-        answers=len(requests) - len(cancelled),
-        preemptions=engine.scheduler.num_preemptions,
-        prefix_hits=sum(o.num_cached_tokens > 0 for outputs in bench.outputs.values() for o in outputs),
-    )
-    return objections, happened
+
+    def requests() -> Iterator[MixRequest]:
+        for _ in range(rng.randint(4, 12)):
+            length = max(1, min(rng.choice(borders) + rng.randint(-1, 1), 40))
+            if rng.random() < 0.8:
+                prompt = [*rng.choice(heads)[: length - 1], rng.randrange(3, 256)]
+            else:
+                prompt = [rng.randrange(3, 256) for _ in range(length)]
+            yield MixRequest(prompt, rng.choice(adapters), rng.choice([1, 8, 24, 24]), ignore_eos=rng.random() < 0.3)
+
+    return play(bench, truth, rng, requests(), {END_TOKEN})
 
 
 def test_every_answer_of_every_mix_is_that_of_its_adapter_alone(world):
     happened: Counter[str] = Counter()
     for seed in range(NUM_MIXES):
         objections, counts = run_mix(*world, seed)
-        assert not objections, objections
+        assert not objections, (seed, objections)
         happened += counts
     print(f"\n{dict(happened)}")
     # The property says little unless the hard cases did occur.
