@@ -22,7 +22,7 @@ class MixRequest:
 def play(
     bench: EngineBench, truth: Truth, rng: random.Random, requests: Iterable[MixRequest], end_tokens: set[int]
 ) -> tuple[list[str], Counter[str]]:
-    """Let the requests arrive at random times, some cancelled; returns what is wrong with the answers, and what happened.
+    """Let the requests arrive at random times, some cancelled; returns what is wrong with the answers and what was met.
 
     The engine must have been started for this mix; it must end with nothing held.
     """

@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 from demo_server import CHAT, GAUGES, LaunchedServer, wait_until
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import OverloadedError
 
 VOICES = (None, "pirate", "json", "shout")
 QUESTIONS = (
@@ -93,8 +96,8 @@ async def open_stream(
 
 
 def test_200_clients_that_leave_in_mid_stream_leave_nothing_behind(demo_server: LaunchedServer) -> None:
-    baseline = demo_server.gauges()
-    assert baseline == dict.fromkeys(GAUGES, 0.0)
+    baseline = dict.fromkeys(GAUGES, 0.0)
+    wait_until(lambda: demo_server.gauges() == baseline, "an idle server")
     api = psutil.Process(demo_server.pids["api"])
     num_files = api.num_fds()
 
@@ -124,3 +127,24 @@ def test_200_clients_that_leave_in_mid_stream_leave_nothing_behind(demo_server: 
     wait_until(lambda: api.num_fds() <= num_files + 1, f"{num_files} open files", BASELINE_S)
     answer = httpx.post(f"{demo_server.url}/generate", json=body(QUESTIONS[1], "pirate", max_new_tokens=30), timeout=60)
     assert answer.json()["generated_text"].startswith("Yo ho ho!")
+
+
+def test_a_request_above_the_limit_is_told_to_come_back(launch_tiny: Callable[..., LaunchedServer]) -> None:
+    server = launch_tiny("--max-concurrent-requests", "1")
+
+    async def run() -> None:
+        async with asyncio.timeout(120), client_of(server) as client:
+            _, writer = await open_stream(
+                server, "/generate_stream", body("hi", "good", max_new_tokens=7000, ignore_eos_token=True)
+            )
+            await asyncio.to_thread(wait_until, lambda: server.gauges()["loraplex_running"] == 1, "the first request")
+            refused = await client.post("/generate", json=body("hi", None, max_new_tokens=1))
+            assert (refused.status_code, refused.json()["error_type"]) == (429, "overloaded")
+            assert int(refused.headers["retry-after"]) >= 1
+            with InferenceClient(server.url) as released, pytest.raises(OverloadedError):
+                await asyncio.to_thread(released.text_generation, "hi", adapter_id="other")
+            writer.close()
+            await asyncio.to_thread(wait_until, lambda: server.gauges()["loraplex_running"] == 0, "its end")
+            assert (await client.post("/generate", json=body("hi", None, max_new_tokens=1))).status_code == 200
+
+    asyncio.run(run())

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from demo_server import LaunchedServer, environment, is_alive, wait_until
+from demo_server import LaunchedServer, environment, free_port, is_alive, wait_until
 
 # The contract allows 5 s; a shared machine may take three times that.
 LOSS_S = 15
@@ -157,7 +157,14 @@ def test_adapters_that_are_refused_at_start_are_all_named_in_one_line(tiny_world
     (bad / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
     adapters = f"good={tiny_world / 'good'},bad={bad},gone={tmp_path / 'gone'}"
     code, line = start_that_fails(
-        "--model-id", str(tiny_world / "base"), "--hostname", "127.0.0.1", "--port", "3987", "--lora-adapters", adapters
+        "--model-id",
+        str(tiny_world / "base"),
+        "--hostname",
+        "127.0.0.1",
+        "--port",
+        str(free_port()),
+        "--lora-adapters",
+        adapters,
     )
     assert code == 1
     assert "'bad'" in line and "dora" in line.lower() and "'gone'" in line
@@ -175,7 +182,9 @@ def test_a_port_in_use_is_one_line(tiny_world: Path) -> None:
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    code, line = start_that_fails("--model-id", str(tmp_path / "none"), "--hostname", "127.0.0.1", "--port", "3987")
+    code, line = start_that_fails(
+        "--model-id", str(tmp_path / "none"), "--hostname", "127.0.0.1", "--port", str(free_port())
+    )
     assert code == 1
     assert str(tmp_path / "none") in line
 
@@ -186,7 +195,9 @@ def test_an_unknown_flag_is_one_line_with_the_nearest_name() -> None:
     assert "--max-input-length" in line
 
 
-def test_weights_that_are_cut_off_end_the_start_with_one_error(launch: Launch, tiny_world: Path, tmp_path: Path) -> None:
+def test_weights_that_are_cut_off_end_the_start_with_one_error(
+    launch: Launch, tiny_world: Path, tmp_path: Path
+) -> None:
     model = shutil.copytree(tiny_world / "base", tmp_path / "cut")
     weights = model / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from loraplex_kernels.activation import silu_and_mul
 from loraplex_kernels.attention import order_cells, paged_attention
+from loraplex_kernels.cpu import attention as cpu_attention
 from loraplex_kernels.kv_cache import write_kv
 from loraplex_kernels.linear import linear, pack_weight
 from loraplex_kernels.norm import rms_norm
@@ -123,8 +124,22 @@ def test_keys_that_lie_one_after_the_other_need_no_cells() -> None:
 def test_rows_of_single_heads_name_the_same_cells() -> None:
     cells = torch.randint(0, 100, (2, 300))
     rows = order_cells(cells, 1, 3, torch.bfloat16)
-    assert order_cells(cells, 2, 3, torch.bfloat16) is cells
+    assert order_cells(cells[:, :9], 2, 3, torch.bfloat16).dim() == 2
     assert order_cells(cells, 1, 3, torch.float32) is cells
     cache, queries = torch.randn(100, 48).bfloat16(), torch.randn(2, 1, 24).bfloat16()
     truth = reference_attention.paged_attention(queries, cache, cells, None, 3, 0.3)
     assert torch.equal(reference_attention.paged_attention(queries, cache, rows, None, 3, 0.3), truth)
+
+
+def test_many_queries_are_attended_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = torch.randint(0, 100, (2, 90))
+    cache, queries = torch.randn(100, 48).bfloat16(), torch.randn(2, 50, 48).bfloat16()
+    hidden = torch.arange(90) > torch.arange(40, 90).unsqueeze(1)
+    mask = torch.zeros(2, 50, 90).masked_fill_(hidden, float("-inf")).bfloat16()
+    rows = order_cells(cells, 50, 3, torch.bfloat16)
+    for given in (mask, None):
+        whole = paged_attention(queries, cache, rows, given, 3, 0.3)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_attention, "MAX_BATCHED_SCORES", 2 * 6 * 90 * 16)
+            assert torch.allclose(paged_attention(queries, cache, rows, given, 3, 0.3), whole, atol=0.02)
+        assert_near(whole, reference_attention.paged_attention(queries, cache, cells, given, 3, 0.3), torch.bfloat16)

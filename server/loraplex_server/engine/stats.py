@@ -33,11 +33,11 @@ class StatsCollector:
         (self._decode_step_s if is_decode else self._prefill_step_s).append(step_s)
         self._forward_s.append(result.forward_s)
         self._sample_s.append(result.sample_s)
-        self._num_prompt_tokens += sum(len(s.token_ids) for s in plan.sequences[plan.num_decodes :])
         self._num_generated_tokens += sum(s.samples for s in plan.sequences)
 
     def count_start(self, sequence: Sequence) -> None:
-        """Take in a sequence that ran for the first time."""
+        """Take in a sequence that gave its first token; what is computed again after a preemption counts once."""
+        self._num_prompt_tokens += sequence.num_prompt_tokens
         self._num_cached_tokens += sequence.num_cached_tokens
 
     def report(self, scheduler: Scheduler, blocks: BlockManager, adapters: AdapterManager) -> EngineStats:

@@ -70,9 +70,7 @@ def test_a_preempted_request_reports_its_prompts_logprobs_once_and_whole(
     world: tuple[EngineBench, Truth], num_kv_blocks: int, chunk: int
 ) -> None:
     bench, _ = world
-    bench.start(
-        block_size=BLOCK_SIZE, num_kv_blocks=num_kv_blocks, max_total_tokens=24, max_batch_prefill_tokens=chunk
-    )
+    bench.start(block_size=BLOCK_SIZE, num_kv_blocks=num_kv_blocks, max_total_tokens=24, max_batch_prefill_tokens=chunk)
     bench.add("loads the adapter", [7], "a", max_new_tokens=1)
     bench.run()
     bench.add("first", PROMPT[:3], max_new_tokens=20, ignore_eos=True)

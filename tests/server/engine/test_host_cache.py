@@ -1,0 +1,90 @@
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loraplex_models.adapters.manifest import ManifestError
+from loraplex_server.engine.adapters.host_cache import HostCache, HostLoad
+
+
+@pytest.fixture
+def cache_of() -> Iterator[Callable[[Callable[[str], Any]], HostCache]]:
+    caches: list[HostCache] = []
+
+    def make(read: Callable[[str], Any]) -> HostCache:
+        caches.append(HostCache(read))
+        return caches[-1]
+
+    yield make
+    for cache in caches:
+        cache.close()
+
+
+def weights(digest: str) -> Any:
+    return SimpleNamespace(digest=digest, num_bytes=5)
+
+
+def finished(cache: HostCache, count: int = 1) -> list[HostLoad]:
+    loads: list[HostLoad] = []
+    while len(loads) < count:
+        loads += cache.finished()
+        time.sleep(0.001)
+    return loads
+
+
+def failing(error: Exception) -> Callable[[str], Any]:
+    def read(path: str) -> Any:
+        raise error
+
+    return read
+
+
+def test_weights_are_there_once_they_were_reported(cache_of: Callable[..., HostCache]) -> None:
+    cache = cache_of(lambda path: weights(path.upper()))
+    cache.load("A", "a")
+    assert finished(cache) == [HostLoad("A", 5, None)]
+    assert cache.get("A").digest == "A"
+    assert cache.finished() == []
+    cache.evict("A")
+    with pytest.raises(KeyError):
+        cache.get("A")
+
+
+def test_asking_never_waits_for_a_slow_reader_and_a_fast_one_passes_it(cache_of: Callable[..., HostCache]) -> None:
+    may_go_on = threading.Event()
+
+    def read(path: str) -> Any:
+        assert path != "slow" or may_go_on.wait(30)
+        return weights(path)
+
+    cache = cache_of(read)
+    cache.load("slow", "slow")
+    cache.load("fast", "fast")
+    assert [load.digest for load in finished(cache)] == ["fast"]
+    assert cache.finished() == []
+    may_go_on.set()
+    assert [load.digest for load in finished(cache)] == ["slow"]
+
+
+@pytest.mark.parametrize(
+    ("read", "reason"),
+    [
+        (failing(ManifestError("tensor 'x' is missing")), "tensor 'x' is missing"),
+        (failing(FileNotFoundError("/home/somebody/adapter")), "cannot be read: FileNotFoundError"),
+        (failing(MemoryError()), "cannot be read: MemoryError"),
+        (lambda _: weights("another"), "have changed"),
+    ],
+)
+def test_a_failed_read_has_its_reason_and_leaves_nothing(
+    cache_of: Callable[..., HostCache], read: Callable[[str], Any], reason: str
+) -> None:
+    cache = cache_of(read)
+    cache.load("d", "p")
+    (load,) = finished(cache)
+    assert (load.digest, load.num_bytes) == ("d", 0)
+    assert load.error is not None and reason in load.error and "somebody" not in load.error
+    with pytest.raises(KeyError):
+        cache.get("d")
