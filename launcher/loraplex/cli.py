@@ -110,8 +110,7 @@ def _run_server(settings: Settings, demo_cache: Path | None = None) -> int:
                     settings = _demo_settings(settings, demo.prepare(demo_cache, console.line), console)
                 check_served(settings)
                 facts = resolve(settings, progress=console.has_bars)
-                openmp_is_set = flags.has_openmp_settings()
-                plan = make_plan(settings, facts, look_at_machine(), openmp_is_set=openmp_is_set)
+                plan = make_plan(settings, facts, look_at_machine(), openmp_set=flags.openmp_variables())
         except LaunchError as error:
             console.error(str(error))
             return 1

@@ -234,9 +234,9 @@ def _hub_environment(cache: str | None) -> dict[str, Any]:
     }
 
 
-def has_openmp_settings() -> bool:
-    """Whether the user has set OpenMP up; then nobody else does."""
-    return any(name.startswith(("OMP_", "GOMP_")) for name in os.environ)
+def openmp_variables() -> frozenset[str]:
+    """The names of the OpenMP variables that the user has set; they win."""
+    return frozenset(name for name in os.environ if name.startswith(("OMP_", "GOMP_")))
 
 
 def user_cache_folder() -> Path:

@@ -67,10 +67,12 @@ def check_served(settings: Settings) -> None:
         raise LaunchError("--rope-scaling and --rope-factor belong together: give both or neither")
 
 
-def make_plan(settings: Settings, facts: CheckpointFacts, machine: Machine, *, openmp_is_set: bool) -> LaunchPlan:
+def make_plan(
+    settings: Settings, facts: CheckpointFacts, machine: Machine, *, openmp_set: frozenset[str]
+) -> LaunchPlan:
     """Resolve every «auto» that the launcher can resolve, and name the processes.
 
-    `openmp_is_set`: the user has set OMP_* or GOMP_* variables, which then stay as they are.
+    `openmp_set`: the OpenMP variables that the user has set, which stay as they are.
     Raises LaunchError.
     """
     engine = settings.serve.engine
@@ -82,7 +84,8 @@ def make_plan(settings: Settings, facts: CheckpointFacts, machine: Machine, *, o
     dtype = _dtype(engine.dtype, facts)
     _check_memory(facts, dtype, machine)
     device = "cpu" if engine.device == "auto" else engine.device
-    threads = engine.num_threads or (0 if openmp_is_set else min(machine.num_cores, MAX_DEFAULT_THREADS))
+    default_threads = 0 if "OMP_NUM_THREADS" in openmp_set else min(machine.num_cores, MAX_DEFAULT_THREADS)
+    threads = engine.num_threads or default_threads
     resolved = replace(
         engine,
         model_path=facts.path,
@@ -92,15 +95,22 @@ def make_plan(settings: Settings, facts: CheckpointFacts, machine: Machine, *, o
         adapters=replace(engine.adapters, sources=facts.adapters),
     )
     api = replace(settings.serve.api, model_id=facts.model_id, model_sha=facts.revision)
-    openmp = {} if openmp_is_set else {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": SPIN_COUNT}
     return LaunchPlan(
         config=replace(settings.serve, api=api, engine=resolved),
         processes=(
             ProcessSpec("api", _child_argv("api"), {}),
-            ProcessSpec("engine", _child_argv("engine"), openmp, rank=0, device=device),
+            ProcessSpec("engine", _child_argv("engine"), _openmp(threads, openmp_set), rank=0, device=device),
         ),
         summary=_summary(facts, resolved),
     )
+
+
+def _openmp(threads: int, already_set: frozenset[str]) -> dict[str, str]:
+    """OpenMP's variables for the engine, which must be there before torch is imported."""
+    variables = {"OMP_NUM_THREADS": str(threads)} if "OMP_NUM_THREADS" not in already_set else {}
+    if not already_set & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        variables["GOMP_SPINCOUNT"] = SPIN_COUNT
+    return variables
 
 
 def _child_argv(name: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ VARIABLES = (
     ("`HF_ENDPOINT`", "address of the hub"),
     ("`HF_HUB_CACHE`, `HF_HOME`", "folder of downloads, unless `--huggingface-hub-cache` is given"),
     ("`HF_HUB_OFFLINE`", "1: take downloads from the cache only"),
-    ("`OMP_*`, `GOMP_*`", "OpenMP settings of the engine; with any of them set, none is changed"),
+    ("`OMP_*`, `GOMP_*`", "OpenMP settings of the engine; what is set stays"),
     ("`XDG_CACHE_HOME`", "where the demo keeps its model (`~/.cache`)"),
 )
 

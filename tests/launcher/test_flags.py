@@ -247,6 +247,6 @@ def test_no_two_settings_share_a_name() -> None:
 
 def test_openmp_settings_of_the_user_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.environ", {})
-    assert not flags.has_openmp_settings()
-    monkeypatch.setattr("os.environ", {"GOMP_SPINCOUNT": "0"})
-    assert flags.has_openmp_settings()
+    assert not flags.openmp_variables()
+    monkeypatch.setattr("os.environ", {"GOMP_SPINCOUNT": "0", "HOME": "/"})
+    assert flags.openmp_variables() == {"GOMP_SPINCOUNT"}

@@ -34,9 +34,9 @@ def plan(
     engine: EngineConfig | None = None,
     facts: CheckpointFacts = FACTS,
     machine: Machine = MACHINE,
-    openmp_is_set: bool = False,
+    openmp_set: frozenset[str] = frozenset(),
 ) -> LaunchPlan:
-    return make_plan(settings(engine=engine), facts, machine, openmp_is_set=openmp_is_set)
+    return make_plan(settings(engine=engine), facts, machine, openmp_set=openmp_set)
 
 
 def test_what_was_found_is_handed_to_the_processes() -> None:
@@ -69,14 +69,16 @@ def test_the_engine_computes_on_at_most_four_threads(num_cores: int, threads: in
 
 
 def test_a_users_own_openmp_settings_stay_as_they_are() -> None:
-    made = plan(openmp_is_set=True)
-    assert made.processes[1].env == {}
+    made = plan(openmp_set=frozenset({"OMP_NUM_THREADS"}))
+    assert made.processes[1].env == {"GOMP_SPINCOUNT": "2000"}
     assert made.config.engine.num_threads == 0
+    for spinning in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        assert set(plan(openmp_set=frozenset({spinning})).processes[1].env) == {"OMP_NUM_THREADS"}
 
 
 def test_a_given_number_of_threads_is_taken_in_any_case() -> None:
     assert plan(EngineConfig(num_threads=6)).processes[1].env["OMP_NUM_THREADS"] == "6"
-    assert plan(EngineConfig(num_threads=6), openmp_is_set=True).config.engine.num_threads == 6
+    assert plan(EngineConfig(num_threads=6), openmp_set=frozenset({"OMP_NUM_THREADS"})).config.engine.num_threads == 6
 
 
 @pytest.mark.parametrize(
