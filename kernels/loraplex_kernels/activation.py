@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
+from loraplex_kernels.cpu import activation as _cpu
 from loraplex_kernels.reference import activation as _reference
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up, where `gate_up` [T, 2 * size] holds the gate's columns first; returns [T, size]."""
-    return _reference.silu_and_mul(gate_up)
+    """Return silu(gate) * up; `gate_up` [T, 2 * size], dense, holds the gate first. Returns [T, size]."""
+    return _cpu.silu_and_mul(gate_up) if gate_up.is_cpu else _reference.silu_and_mul(gate_up)

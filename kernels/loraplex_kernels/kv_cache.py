@@ -1,14 +1,21 @@
-"""Writing keys and values to the paged cache."""
+"""Rotary position embedding, and writing keys and values to the paged cache: one pass over both."""
 
 from torch import Tensor
 
+from loraplex_kernels.cpu import kv_cache as _cpu
 from loraplex_kernels.reference import kv_cache as _reference
 
 
-def write_kv(cache: Tensor, slot_mapping: Tensor, keys_values: Tensor) -> None:
-    """Store each token's keys and values in its cell, in place.
+def rotate_and_store(
+    qkv: Tensor, cos: Tensor, signed_sin: Tensor, cache: Tensor, slot_mapping: Tensor, num_heads: int, head_dim: int
+) -> None:
+    """Turn each query and key head by its token's angles, in place, then store keys and values in the token's cell.
 
-    cache: [cells, 2 * num_kv_heads * head_dim], keys first; slot_mapping: [T] int64; keys_values: [T, the same width],
-    may be a view.
+    qkv: [T, (num_heads + 2 * num_kv_heads) * head_dim], dense, queries first, then keys, then values; cos, signed_sin:
+    [T, turned], each half the same angles, where `turned` is head_dim or less, and the rest of a head stays as it is.
+    Element i is paired with element i + turned / 2; `signed_sin` is negative in its first half, so that
+    head = head * cos + swap_halves(head) * signed_sin. cache: [cells, 2 * num_kv_heads * head_dim], keys first, written
+    in place; slot_mapping: [T] int64, the cell of each token. All floating tensors have the dtype of `qkv`.
     """
-    _reference.write_kv(cache, slot_mapping, keys_values)
+    operation = _cpu.rotate_and_store if qkv.is_cpu else _reference.rotate_and_store
+    operation(qkv, cos, signed_sin, cache, slot_mapping, num_heads, head_dim)

@@ -1,50 +1,117 @@
 """The LoRA delta of a batch whose tokens have different adapters, in two calls: shrink and expand."""
 
-from enum import Enum
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from loraplex_kernels.cpu import lora as _cpu
-from loraplex_kernels.reference import lora as _reference
+from loraplex_kernels.cpu.compiled import is_compiled
 
 
-class LoraLayout(Enum):
-    """How stacked adapter weights are laid out: for little work, or for much."""
+class LoraTable:
+    """All slots' weights for one linear layer, each adapter with its own ranks; empty slots take no room.
 
-    SMALL = "small"
-    LARGE = "large"
-
-
-def choose_layout(num_tokens: int, rank: int, in_size: int, out_size: int, device: torch.device) -> LoraLayout:
-    """Return the layout in which `rank` stacked rows are fastest for that many tokens."""
-    is_small = device.type == "cpu" and _cpu.is_small(num_tokens * rank * (in_size + out_size))
-    return LoraLayout.SMALL if is_small else LoraLayout.LARGE
-
-
-def pack_lora(a: Tensor, b: Tensor, layout: LoraLayout) -> tuple[Tensor, Tensor]:
-    """Return the stacked weights of several adapters in a layout, for `lora_shrink` and `lora_expand` only.
-
-    a: [R, in], the rows of all adapters; b: [R, out].
+    The layer may fuse several modules (q, k and v), its parts: each reads the whole input through its own A and writes
+    its own columns of the output through its own B.
     """
-    if not a.is_cpu:
-        return _reference.pack_lora(a, b)
-    return _cpu.pack_small(a, b) if layout is LoraLayout.SMALL else _cpu.pack_large(a, b)
+
+    def __init__(self, num_slots: int, part_sizes: Sequence[int], dtype: torch.dtype, device: torch.device):
+        self.part_sizes = tuple(part_sizes)
+        self.num_slots = num_slots
+        self.num_parts = len(self.part_sizes)
+        self.is_compiled = device.type == "cpu" and is_compiled(dtype)
+        self.is_half = dtype is torch.bfloat16
+        self.max_rank = 0
+        self.slots: set[int] = set()
+        # The weights by slot and part, B transposed so that a rank's row is dense.
+        self.weights: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        # For compiled loops: by slot and part the address of A, that of B, and the rank (0: none); the parts' borders.
+        self._cells = torch.zeros(num_slots, self.num_parts, 3, dtype=torch.int64)
+        self._columns = torch.tensor([0, *part_sizes]).cumsum(0)
+        self.address = self._cells.data_ptr()
+        self.columns_address = self._columns.data_ptr()
+
+    def set(self, slot: int, part: int, a: Tensor, b: Tensor) -> None:
+        """Put one module's weights in: a [rank, in], b [part's size, rank], both of the table's dtype and device."""
+        a, b = a.contiguous(), b.t().contiguous()
+        self.weights[slot, part] = (a, b)
+        self._cells[slot, part] = torch.tensor((a.data_ptr(), b.data_ptr(), len(a)))
+        self.slots.add(slot)
+        self.max_rank = max(self.max_rank, len(a))
+
+    def clear(self, slot: int) -> None:
+        """Take an adapter's weights out."""
+        if slot not in self.slots:
+            return
+        self.slots.remove(slot)
+        self._cells[slot] = 0
+        for part in range(self.num_parts):
+            self.weights.pop((slot, part), None)
+        self.max_rank = max((len(a) for a, _ in self.weights.values()), default=0)
 
 
-def lora_shrink(x: Tensor, a: Tensor, foreign: Tensor | None) -> Tensor:
-    """Project each token onto the ranks of its adapter: out[t, r] = x[t] @ a[r], and 0 where foreign[t, r].
+class LoraSegments:
+    """Runs of neighbouring tokens of one adapter: N + 1 borders, ascending from 0 to T, and N slots, -1 for none."""
 
-    x: [T, in]; a: from `pack_lora`, R rows; foreign: [T, R] bool, True where rank row r is not of token t's adapter,
-    or None where all rows are all tokens' own. Returns [T, R] for `lora_expand`. No value of a foreign row can reach
-    the result, not even an infinity.
+    def __init__(self, starts: Sequence[int], slots: Sequence[int]):
+        segments = zip(starts, starts[1:], slots, strict=False)
+        self.all = tuple((start, end, slot) for start, end, slot in segments if slot >= 0 and start < end)
+        self.long = tuple(segment for segment in self.all if segment[1] - segment[0] >= _cpu.MIN_LONG_SEGMENT)
+        self.has_short = len(self.long) < len(self.all)
+        self.count = len(slots)
+        self._starts = torch.tensor(starts, dtype=torch.int32)
+        self._slots = torch.tensor(slots, dtype=torch.int32)
+        self.starts_address = self._starts.data_ptr()
+        self.slots_address = self._slots.data_ptr()
+
+
+def lora_shrink(x: Tensor, table: LoraTable, segments: LoraSegments) -> Tensor:
+    """Project each token onto the ranks of its adapter: h[t, p, :rank] = x[t] @ A[slot of t, p].T for every part p.
+
+    x: [T, in], dense. Returns [T, parts * max_rank] float32; cells beyond an adapter's own ranks, and rows without an
+    adapter, hold no meaning and are read by nobody.
     """
-    return _cpu.lora_shrink(x, a, foreign) if x.is_cpu else _reference.lora_shrink(x, a, foreign)
+    num_tokens, size = x.shape
+    max_rank = table.max_rank
+    h = torch.empty(num_tokens, table.num_parts * max_rank, dtype=torch.float32, device=x.device)
+    remaining = segments.all
+    if table.is_compiled:
+        remaining = segments.long
+        if segments.has_short:
+            _cpu.shrink_short(
+                table.is_half, x.data_ptr(), num_tokens, size, table.address, table.num_slots, table.num_parts,
+                segments.starts_address, segments.slots_address, segments.count, max_rank, h.data_ptr(),
+            )  # fmt: skip
+    for start, end, slot in remaining:
+        for part in range(table.num_parts):
+            if (weights := table.weights.get((slot, part))) is not None:
+                first = part * max_rank
+                h[start:end, first : first + len(weights[0])] = x[start:end] @ weights[0].t()
+    return h
 
 
-def lora_expand(h: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Return out + h @ b; `out` may be changed in place, and may be what is returned.
+def lora_expand(h: Tensor, table: LoraTable, segments: LoraSegments, out: Tensor) -> None:
+    """Add each token's delta in place: out[t, columns of p] += h[t, p, :rank] @ B[slot of t, p].T for every part p.
 
-    h: [T, R] from `lora_shrink`; b: from `pack_lora`; out: [T, out].
+    h: from `lora_shrink`; out: [T, sum of the parts' sizes], dense.
     """
-    return _cpu.lora_expand(h, b, out) if h.is_cpu else _reference.lora_expand(h, b, out)
+    num_tokens, size = out.shape
+    max_rank = table.max_rank
+    remaining = segments.all
+    if table.is_compiled:
+        remaining = segments.long
+        if segments.has_short:
+            _cpu.expand_short(
+                table.is_half, h.data_ptr(), num_tokens, size, table.address, table.num_slots, table.num_parts,
+                segments.starts_address, segments.slots_address, segments.count, max_rank,
+                table.columns_address, out.data_ptr(),
+            )  # fmt: skip
+    for start, end, slot in remaining:
+        column = 0
+        for part, part_size in enumerate(table.part_sizes):
+            if (weights := table.weights.get((slot, part))) is not None:
+                first = part * max_rank
+                ranks = h[start:end, first : first + len(weights[1])].to(out.dtype)
+                out[start:end, column : column + part_size] += ranks @ weights[1]
+            column += part_size

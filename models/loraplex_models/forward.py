@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from loraplex_kernels.lora import LoraSegments, LoraTable
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
@@ -24,32 +26,11 @@ class AttentionBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class LoraDelta:
-    """The stacked weights of a tile's adapters for one linear: R rank rows in all. See loraplex_kernels.lora."""
-
-    a: Tensor  # [R, in], packed
-    b: Tensor  # [R, out], packed
-    foreign: Tensor | None  # [tile's tokens, R] bool: the rank row is not of the token's adapter; None: all rows are
-
-
-@dataclass(frozen=True, slots=True)
-class LoraTile:
-    """A run of tokens whose adapters are computed together."""
-
-    start: int
-    end: int
-    deltas: tuple[LoraDelta | None, ...]  # by the linear's index; None where no adapter of the tile touches it
-
-
-@dataclass(frozen=True, slots=True)
 class LoraBatch:
-    """Which adapter each token has. Tokens of one adapter that stand together are a segment."""
+    """Which adapter each token has, and which linears that concerns. Made by `AdapterSlots.route`."""
 
-    token_slots: Tensor  # [T] int32: adapter slot, -1 for none
-    segment_start: tuple[int, ...]  # N + 1 values, ascending from 0 to T
-    segment_slots: tuple[int, ...]  # N values; -1 for tokens without an adapter
-    max_rank: int
-    tiles: tuple[LoraTile, ...]  # ascending, without overlap; tokens in no tile have no adapter
+    segments: LoraSegments
+    tables: tuple[LoraTable | None, ...]  # by the linear's index; None where no adapter of the batch touches it
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,14 @@ from torch import Tensor
 from loraplex_kernels.activation import silu_and_mul
 from loraplex_kernels.attention import order_cells, paged_attention
 from loraplex_kernels.cpu import attention as cpu_attention
-from loraplex_kernels.kv_cache import write_kv
+from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_kernels.linear import linear, pack_weight
 from loraplex_kernels.norm import rms_norm
+from loraplex_kernels.reference import activation as reference_activation
 from loraplex_kernels.reference import attention as reference_attention
+from loraplex_kernels.reference import kv_cache as reference_kv_cache
 from loraplex_kernels.reference import linear as reference_linear
 from loraplex_kernels.reference import norm as reference_norm
-from loraplex_kernels.rope import rotate
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -50,41 +51,75 @@ def test_a_packed_linear_equals_a_plain_one(dtype: torch.dtype, rows: int, has_b
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("size", [0.001, 1.0, 100.0])
 def test_rms_norm_equals_its_reference(dtype: torch.dtype, rows: int, size: float) -> None:
-    x, weight = torch.randn(rows, 64, dtype=dtype) * size, torch.rand(64) + 0.5
-    scale, floor = weight * 64**0.5, torch.tensor((1e-5 * 64) ** 0.5)
+    x, weight = torch.randn(rows, 64, dtype=dtype) * size, (torch.rand(64) + 0.5).to(dtype)
     with torch.inference_mode():
-        ours = rms_norm(x, scale, floor)
-        assert_near(ours, reference_norm.rms_norm(x, scale, floor), dtype)
-        assert_near(ours, F.rms_norm(x.float(), (64,), weight, 1e-5).to(dtype), dtype)
+        ours = rms_norm(x, weight, 1e-5)
+        assert_near(ours, reference_norm.rms_norm(x, weight, 1e-5), dtype)
+        assert_near(ours, F.rms_norm(x.float(), (64,), weight.float(), 1e-5).to(dtype), dtype)
 
 
 def test_rms_norm_of_zeros_is_zero() -> None:
-    assert torch.equal(rms_norm(torch.zeros(2, 8), torch.ones(8), torch.tensor(0.01)), torch.zeros(2, 8))
+    assert torch.equal(rms_norm(torch.zeros(2, 8), torch.ones(8), 1e-5), torch.zeros(2, 8))
 
 
-def test_rotate_turns_each_pair_of_a_head_by_its_angle() -> None:
-    heads = torch.randn(3, 2, 4)
-    angles = torch.randn(3, 2)
-    pairs = torch.complex(heads[..., :2], heads[..., 2:])
-    turned = pairs * torch.polar(torch.ones(3, 1, 2), angles.unsqueeze(1))
-    cos = torch.cat((angles.cos(), angles.cos()), -1).unsqueeze(1)
-    sin = torch.cat((-angles.sin(), angles.sin()), -1).unsqueeze(1)
-    rotate(heads, cos, sin)
-    assert torch.allclose(heads, torch.cat((turned.real, turned.imag), -1), atol=1e-6)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operation", ["norm", "activation"])
+def test_what_is_not_a_number_stays_so_and_in_its_row(dtype: torch.dtype, operation: str) -> None:
+    x = torch.randn(3, 8, dtype=dtype)
+    x[1, 2] = float("nan")
+    out = rms_norm(x, torch.ones(8, dtype=dtype), 1e-5) if operation == "norm" else silu_and_mul(x)
+    assert out[1].isnan().any() and out[[0, 2]].isfinite().all()
 
 
-def test_silu_and_mul_gates_the_second_half_by_the_first() -> None:
-    gate_up = torch.randn(3, 10)
-    gate, up = gate_up[:, :5].clone(), gate_up[:, 5:].clone()
-    assert torch.allclose(silu_and_mul(gate_up), gate * torch.sigmoid(gate) * up)
+def angles(tokens: int, turned: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    half = torch.randn(tokens, turned // 2)
+    cos, sin = half.cos(), half.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
-def test_write_kv_fills_the_cells_and_no_others() -> None:
-    cache = torch.zeros(6, 4)
-    rows = torch.randn(2, 9)
-    write_kv(cache, torch.tensor([4, 1]), rows[:, 3:7])
-    assert torch.equal(cache[4], rows[0, 3:7]) and torch.equal(cache[1], rows[1, 3:7])
-    assert not cache[[0, 2, 3, 5]].any()
+def test_each_pair_of_a_head_is_turned_by_its_angle() -> None:
+    half = torch.randn(3, 2)
+    qkv = torch.randn(3, 4 * 4)
+    heads = qkv.view(3, 4, 4)[:, :3].clone()
+    turned = torch.complex(heads[..., :2], heads[..., 2:]) * torch.polar(torch.ones(3, 1, 2), half.unsqueeze(1))
+    cos, sin = torch.cat((half.cos(), half.cos()), -1), torch.cat((-half.sin(), half.sin()), -1)
+    rotate_and_store(qkv, cos, sin, torch.zeros(3, 8), torch.arange(3), num_heads=2, head_dim=4)
+    assert torch.allclose(qkv.view(3, 4, 4)[:, :3], torch.cat((turned.real, turned.imag), -1), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("turned", [8, 4])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_rotating_and_storing_equals_its_reference_and_touches_no_other_cell(
+    dtype: torch.dtype, turned: int, tokens: int
+) -> None:
+    qkv = torch.randn(tokens, (6 + 2 * 3) * 8, dtype=dtype)
+    cos, sin = angles(tokens, turned, dtype)
+    cells = torch.randperm(20)[:tokens]
+    given = torch.randn(20, 2 * 3 * 8, dtype=dtype)
+    results = []
+    for operation in (rotate_and_store, reference_kv_cache.rotate_and_store):
+        changed, cache = qkv.clone(), given.clone()
+        operation(changed, cos, sin, cache, cells, 6, 8)
+        results.append((changed, cache))
+    (ours, our_cache), (truth, true_cache) = results
+    assert_near(ours, truth, dtype)
+    assert_near(our_cache, true_cache, dtype)
+    assert torch.equal(ours[:, -3 * 8 :], qkv[:, -3 * 8 :])
+    assert torch.equal(our_cache[cells], ours[:, 6 * 8 :])
+    others = torch.ones(20, dtype=torch.bool)
+    others[cells] = False
+    assert torch.equal(our_cache[others], given[others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0.1, 5.0, 200.0])
+def test_silu_and_mul_gates_the_second_half_by_the_first(dtype: torch.dtype, size: float) -> None:
+    gate_up = torch.randn(3, 10).to(dtype) * size
+    gate, up = gate_up.float().chunk(2, -1)
+    ours = silu_and_mul(gate_up.clone())
+    assert_near(ours, (gate * torch.sigmoid(gate) * up).to(dtype), dtype)
+    assert_near(ours, reference_activation.silu_and_mul(gate_up.clone()), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,81 +1,102 @@
-"""lora_shrink and lora_expand against a five-line loop over segments, for the ways adapters mix."""
+"""lora_shrink and lora_expand against the token-by-token reference, for the ways adapters mix."""
 
 import pytest
 import torch
-from torch import Tensor
 
-from loraplex_kernels.lora import LoraLayout, choose_layout, lora_expand, lora_shrink, pack_lora
-from loraplex_kernels.reference import lora as reference
+from loraplex_kernels.cpu.lora import MIN_LONG_SEGMENT
+from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
+from loraplex_kernels.reference.lora import lora_delta
 
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-RANKS = {0: 8, 1: 3, 2: 16, 3: 1}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+IN_SIZE = 24
+PARTS = (40, 8, 8)
+CPU = torch.device("cpu")
+# By slot, the rank of each part; 0: the adapter does not touch it.
+RANKS = {0: (8, 8, 8), 1: (3, 0, 5), 2: (16, 1, 0), 3: (1, 2, 4), 5: (0, 7, 0)}
+LONG = MIN_LONG_SEGMENT
+# Slot and number of tokens of each segment.
 MIXES = {
-    "identical": [0] * 12,
-    "distinct": [0, 1, 2, 3],
-    "uniform": [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3],
-    "skewed": [0] * 20 + [1, 2],
-    "with base": [-1, -1, 0, 0, 3],
-    "base only": [-1, -1],
-    "one token": [2],
+    "identical": [(0, 12)],
+    "distinct": [(0, 1), (1, 1), (2, 1), (3, 1), (5, 1)],
+    "uniform": [(0, 3), (1, 3), (2, 3), (3, 3)],
+    "skewed": [(0, 20), (1, 1), (2, 1)],
+    "with base between": [(-1, 2), (0, 2), (-1, 1), (3, 1), (-1, 3)],
+    "base only": [(-1, 2)],
+    "an empty slot": [(4, 2), (0, 1)],
+    "one token": [(2, 1)],
+    "long": [(1, LONG), (2, LONG + 1)],
+    "long beside short": [(0, LONG - 1), (2, LONG + 7), (-1, LONG), (3, 1)],
+    "no tokens between": [(0, 2), (1, 0), (2, 2)],
 }
 
 
-def delta_by_segment(x: Tensor, token_slots: Tensor, weights: dict[int, tuple[Tensor, Tensor]], out: Tensor) -> Tensor:
-    out = out.clone()
-    for slot, (a, b) in weights.items():
-        tokens = token_slots == slot
-        out[tokens] += (x[tokens] @ a.T) @ b
-    return out
+def table_of(ranks: dict[int, tuple[int, ...]], dtype: torch.dtype) -> LoraTable:
+    table = LoraTable(6, PARTS, dtype, CPU)
+    for slot, by_part in ranks.items():
+        for part, rank in enumerate(by_part):
+            if rank:
+                a, b = torch.randn(rank, IN_SIZE) / 5, torch.randn(PARTS[part], rank) / 4
+                table.set(slot, part, a.to(dtype), b.to(dtype))
+    return table
+
+
+def segments_of(mix: list[tuple[int, int]]) -> LoraSegments:
+    starts = [0]
+    for _, count in mix:
+        starts.append(starts[-1] + count)
+    return LoraSegments(starts, [slot for slot, _ in mix])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("implementation", ["small", "large", "reference"])
-def test_each_token_gets_the_delta_of_its_own_adapter(dtype: torch.dtype, mix: str, implementation: str) -> None:
+def test_each_token_gets_the_delta_of_its_own_adapter(dtype: torch.dtype, mix: str) -> None:
     torch.manual_seed(0)
-    token_slots = torch.tensor(MIXES[mix])
-    x, out = torch.randn(len(token_slots), 24, dtype=dtype), torch.randn(len(token_slots), 40, dtype=dtype)
-    weights = {
-        slot: (torch.randn(rank, 24, dtype=dtype) / 5, torch.randn(rank, 40, dtype=dtype) / 4)
-        for slot, rank in RANKS.items()
-    }
-    row_slots = torch.tensor([slot for slot, rank in RANKS.items() for _ in range(rank)])
-    a, b = torch.cat([a for a, _ in weights.values()]), torch.cat([b for _, b in weights.values()])
-    foreign = token_slots.unsqueeze(1) != row_slots
-    truth = delta_by_segment(x, token_slots, weights, out)
+    table, segments = table_of(RANKS, dtype), segments_of(MIXES[mix])
+    num_tokens = sum(count for _, count in MIXES[mix])
+    x, out = torch.randn(num_tokens, IN_SIZE, dtype=dtype), torch.randn(num_tokens, sum(PARTS), dtype=dtype)
+    truth = out.float() + lora_delta(x, table, segments)
+    ours = out.clone()
     with torch.inference_mode():
-        if implementation != "reference":
-            a, b = pack_lora(a, b, LoraLayout(implementation))
-            ours = lora_expand(lora_shrink(x, a, foreign), b, out.clone())
-        else:
-            ours = reference.lora_expand(reference.lora_shrink(x, a, foreign), b, out.clone())
+        lora_expand(lora_shrink(x, table, segments), table, segments, ours)
     assert ours.dtype == dtype
-    assert (ours.float() - truth.float()).abs().max() <= TOLERANCES[dtype] * float(truth.float().abs().max())
-    without = token_slots == -1
+    assert (ours.float() - truth).abs().max() <= TOLERANCES[dtype] * float(truth.abs().max())
+    without = torch.ones(num_tokens, dtype=torch.bool)
+    for start, end, slot in segments.all:
+        without[start:end] = slot == 4
     assert torch.equal(ours[without], out[without])
 
 
-@pytest.mark.parametrize("layout", LoraLayout)
-def test_without_a_mask_all_ranks_are_every_tokens(layout: LoraLayout) -> None:
-    x, a, b = torch.randn(3, 8), torch.randn(2, 8), torch.randn(2, 5)
-    with torch.inference_mode():
-        packed_a, packed_b = pack_lora(a, b, layout)
-        ours = lora_expand(lora_shrink(x, packed_a, None), packed_b, torch.zeros(3, 5))
-    assert torch.allclose(ours, x @ a.T @ b, atol=1e-5)
+def test_the_reference_is_the_formula() -> None:
+    table = LoraTable(1, (3, 2), torch.float32, CPU)
+    a, b = torch.randn(2, 4), torch.randn(2, 2)
+    table.set(0, 1, a, b)
+    x = torch.randn(5, 4)
+    delta = lora_delta(x, table, LoraSegments((0, 5), (0,)))
+    assert torch.allclose(delta, torch.cat((torch.zeros(5, 3), x @ a.T @ b.T), 1), atol=1e-6)
 
 
-def test_little_work_and_much_work_have_layouts_of_their_own() -> None:
-    assert choose_layout(1, 16, 576, 1536, torch.device("cpu")) is LoraLayout.SMALL
-    assert choose_layout(512, 16, 576, 1536, torch.device("cpu")) is LoraLayout.LARGE
+@pytest.mark.parametrize("num_tokens", [1, MIN_LONG_SEGMENT])
+def test_an_infinite_product_of_one_adapter_does_not_reach_the_tokens_of_another(num_tokens: int) -> None:
+    table = LoraTable(2, (4,), torch.float32, CPU)
+    table.set(0, 0, torch.full((1, 8), 3e38), torch.ones(4, 1))
+    table.set(1, 0, torch.zeros(1, 8), torch.ones(4, 1))
+    x, out = torch.full((2 * num_tokens, 8), 3e38), torch.zeros(2 * num_tokens, 4)
+    segments = LoraSegments((0, num_tokens, 2 * num_tokens), (0, 1))
+    lora_expand(lora_shrink(x, table, segments), table, segments, out)
+    assert not out[:num_tokens].isfinite().any()
+    assert torch.equal(out[num_tokens:], torch.zeros(num_tokens, 4))
 
 
-@pytest.mark.parametrize("layout", LoraLayout)
-def test_an_infinite_product_of_a_foreign_rank_does_not_reach_the_token(layout: LoraLayout) -> None:
-    x = torch.full((2, 8), 3e38)
-    a = torch.cat((torch.full((1, 8), 3e38), torch.zeros(1, 8)))
-    foreign = torch.tensor([[False, True], [True, False]])
-    with torch.inference_mode():
-        packed_a, packed_b = pack_lora(a, torch.ones(2, 4), layout)
-        ours = lora_expand(lora_shrink(x, packed_a, foreign), packed_b, torch.zeros(2, 4))
-    assert not ours[0].isfinite().any()
-    assert torch.equal(ours[1], torch.zeros(4))
+def test_a_cleared_slot_adds_nothing_and_a_slot_set_anew_only_what_it_holds_now() -> None:
+    table = table_of(RANKS, torch.float32)
+    x, segments = torch.randn(2, IN_SIZE), LoraSegments((0, 2), (2,))
+    assert table.max_rank == 16
+    table.clear(2)
+    assert table.max_rank == 8 and 2 not in table.slots
+    out = torch.zeros(2, sum(PARTS))
+    lora_expand(lora_shrink(x, table, segments), table, segments, out)
+    assert not out.any()
+    a, b = torch.randn(2, IN_SIZE), torch.randn(8, 2)
+    table.set(2, 2, a, b)
+    lora_expand(lora_shrink(x, table, segments), table, segments, out)
+    assert not out[:, :48].any() and torch.allclose(out[:, 48:], x @ a.T @ b.T, atol=1e-5)

@@ -3,18 +3,16 @@
 import torch
 from torch import Tensor
 
-
-def pack_lora(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return a, b
+from loraplex_kernels.lora import LoraSegments, LoraTable
 
 
-def lora_shrink(x: Tensor, a: Tensor, foreign: Tensor | None) -> Tensor:
-    out = x.new_zeros(len(x), len(a))
-    for token in range(len(x)):
-        own = torch.ones(len(a), dtype=torch.bool) if foreign is None else ~foreign[token]
-        out[token, own] = a[own] @ x[token]
-    return out
-
-
-def lora_expand(h: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    return out + h @ b
+def lora_delta(x: Tensor, table: LoraTable, segments: LoraSegments) -> Tensor:
+    """What shrink and expand together add to the output, [T, sum of the parts' sizes] float32."""
+    delta = x.new_zeros(len(x), sum(table.part_sizes)).float()
+    for start, end, slot in segments.all:
+        for token in range(start, end):
+            for part, columns in enumerate(torch.split(delta[token], list(table.part_sizes))):
+                if (slot, part) in table.weights:
+                    a, b = table.weights[slot, part]
+                    columns += b.float().T @ (a.float() @ x[token].float())
+    return delta

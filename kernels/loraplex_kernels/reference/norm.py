@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, scale: Tensor, floor: Tensor) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
-    squares = (wide * wide).sum(-1, keepdim=True)
-    return (wide / (squares + floor * floor).sqrt() * scale).to(x.dtype)
+    scaled = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (scaled * weight.float()).to(x.dtype)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.attention import order_cells, paged_attention
-from loraplex_kernels.kv_cache import write_kv
-from loraplex_kernels.rope import rotate
+from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_models.forward import AttentionBatch
 
 # Sequences are computed together, padded to the longest, until the padding costs about as much as a group of its own:
@@ -187,8 +186,8 @@ class Attention:
     """Turns queries and keys, stores keys and values, attends. Shared by all layers, as it has no weights."""
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        self._num_heads = num_heads
         self._query_width = num_heads * head_dim
-        self._num_rotated = num_heads + num_kv_heads
         self._num_kv_heads = num_kv_heads
         self._head_dim = head_dim
         self._scale = head_dim**-0.5
@@ -199,10 +198,8 @@ class Attention:
         qkv: [T, queries | keys | values], its queries and keys are turned in place; cache: one layer of a KVCache,
         written in place.
         """
-        num_rotated, head_dim = self._num_rotated, self._head_dim
-        rotate(qkv.narrow(1, 0, num_rotated * head_dim).view(-1, num_rotated, head_dim), cos, signed_sin)
+        rotate_and_store(qkv, cos, signed_sin, cache, plan.slot_mapping, self._num_heads, self._head_dim)
         queries = qkv.narrow(1, 0, self._query_width)
-        write_kv(cache, plan.slot_mapping, qkv.narrow(1, self._query_width, cache.shape[1]))
         if len(plan.groups) == 1 and plan.groups[0].tokens is None:
             return self._attend(queries, cache, plan.groups[0])
         out = torch.empty_like(queries, memory_format=torch.contiguous_format)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from loraplex_kernels.lora import lora_expand, lora_shrink
 from loraplex_models.checkpoint import Checkpoint
-from loraplex_models.forward import LoraBatch, LoraTile
+from loraplex_models.forward import LoraBatch
 from loraplex_quant.method import QuantMethod
 
 
@@ -14,7 +14,7 @@ class Linear:
     """One product for all the linears that read the same input, their outputs side by side.
 
     `parts` are the fused linears in order: module name (`layers.0.self_attn.q_proj`) → output size. `index` is the
-    layer's place in `LoraTile.deltas`.
+    layer's place in `LoraBatch.tables`.
     """
 
     def __init__(self, index: int, in_size: int, parts: Mapping[str, int], method: QuantMethod) -> None:
@@ -39,22 +39,7 @@ class Linear:
     def forward(self, x: Tensor, lora: LoraBatch | None, addend: Tensor | None = None) -> Tensor:
         """Return x @ weight.T, plus the bias, plus `addend`, plus each token's adapter delta. x: [T, in]."""
         out = self._method.apply(x, addend)
-        if lora is not None:
-            for tile in lora.tiles:
-                out = _add_delta(out, x, tile, self.index)
+        table = None if lora is None else lora.tables[self.index]
+        if lora is not None and table is not None:
+            lora_expand(lora_shrink(x, table, lora.segments), table, lora.segments, out)
         return out
-
-
-def _add_delta(out: Tensor, x: Tensor, tile: LoraTile, index: int) -> Tensor:
-    delta = tile.deltas[index]
-    if delta is None:
-        return out
-    if tile.start == 0 and tile.end == len(x):
-        return lora_expand(lora_shrink(x, delta.a, delta.foreign), delta.b, out)
-    num_tokens = tile.end - tile.start
-    rows = out.narrow(0, tile.start, num_tokens)
-    h = lora_shrink(x.narrow(0, tile.start, num_tokens), delta.a, delta.foreign)
-    changed = lora_expand(h, delta.b, rows)
-    if changed is not rows:
-        rows.copy_(changed)
-    return out

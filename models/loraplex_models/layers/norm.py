@@ -14,19 +14,18 @@ class RMSNorm:
         self._size = size
         self._dtype = dtype
         self._device = device
-        self._scale = torch.empty(0)
-        self._floor = torch.tensor((eps * size) ** 0.5, device=device)
+        self._eps = eps
+        self._weight = torch.empty(0)
 
     @property
     def num_bytes(self) -> int:
         """Size of the loaded weight."""
-        return self._scale.nbytes
+        return self._weight.nbytes
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
         """Take the weight of that name from the checkpoint."""
-        weight = checkpoint.take(name, (self._size,)).to(self._device, self._dtype)
-        self._scale = weight.float() * self._size**0.5
+        self._weight = checkpoint.take(name, (self._size,)).to(self._device, self._dtype, copy=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [T, size], normalised."""
-        return rms_norm(x, self._scale, self._floor)
+        return rms_norm(x, self._weight, self._eps)

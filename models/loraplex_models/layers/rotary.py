@@ -38,7 +38,7 @@ class Rotary:
         self._signs = torch.cat((-torch.ones(self._half), torch.ones(self._half))).to(device)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cosines and the signed sines that `loraplex_kernels.rope.rotate` takes, [T, 1, head_dim] each."""
+        """Return the cosines and signed sines, [T, head_dim] each, that loraplex_kernels.kv_cache takes."""
         frequencies = self._frequencies if self._dynamic is None else self._dynamic.frequencies(positions)
         angles = positions.unsqueeze(1) * frequencies
         angles = torch.cat((angles, angles), -1)
@@ -46,7 +46,7 @@ class Rotary:
         if self._attention_scaling != 1.0:
             cos.mul_(self._attention_scaling)
             sin.mul_(self._attention_scaling)
-        return cos.to(self._dtype).unsqueeze(1), sin.to(self._dtype).unsqueeze(1)
+        return cos.to(self._dtype), sin.to(self._dtype)
 
 
 class _DynamicBase:

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from loraplex_kernels.warm_up import warm_up
 from loraplex_models.adapters.manifest import ManifestError, check_adapter
 from loraplex_models.adapters.weights import AdapterWeights, load_adapter_weights
 from loraplex_models.checkpoint import CheckpointError
@@ -27,6 +28,7 @@ from loraplex_server.messages import (
     EngineReady,
     GenerateRequest,
     LoadAdapter,
+    SamplingParams,
     ToEngine,
     UnloadAdapter,
 )
@@ -101,6 +103,7 @@ def run(config: ServeConfig, control: ControlLine) -> int:
         model = _load(config.engine, control)
         limits = settle_limits(config.engine, model.config, model.kv_bytes_per_block(config.engine.block_size))
         engine = build_engine(config.engine, model, limits)
+        _warm_up(engine, model)
     except (CheckpointError, ModelConfigError, ManifestError, NotEnoughMemory) as error:
         control.send("failed", error=str(error))
         return 1
@@ -149,6 +152,15 @@ def _load(config: EngineConfig, control: ControlLine) -> CausalLM:
         rope_factor=config.rope_factor,
         progress=progress,
     )
+
+
+def _warm_up(engine: Engine, model: CausalLM) -> None:
+    """Compile and lay out what the first request would otherwise wait for."""
+    warm_up(model.dtype, model.device)
+    request = GenerateRequest(request_id="", prompt_token_ids=[0], sampling=SamplingParams(max_new_tokens=2))
+    engine.add(request)
+    while engine.has_work:
+        engine.step()
 
 
 def _loop(engine: Engine, link: EngineLink, control: ControlLine, stopping: list[int]) -> None:

@@ -222,7 +222,7 @@ class Scheduler:
         )
 
     def _extend(self, sequence: Sequence, count: int) -> list[int] | None:
-        """Blocks for `count` more tokens of a running sequence, preempting younger ones; None if it had to go itself."""
+        """Blocks for `count` more tokens of a running sequence, preempting younger ones; None if it must go itself."""
         needed = self._blocks.num_blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_ids)
         while needed > self._blocks.num_free:
             victim = self.running[-1]

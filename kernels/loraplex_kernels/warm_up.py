@@ -1,0 +1,21 @@
+"""Compile what is compiled on first use, so that no request waits for it."""
+
+import torch
+
+from loraplex_kernels.activation import silu_and_mul
+from loraplex_kernels.kv_cache import rotate_and_store
+from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
+from loraplex_kernels.norm import rms_norm
+
+
+def warm_up(dtype: torch.dtype, device: torch.device) -> None:
+    """Call each operation that is compiled on first use, on a few numbers; kept on disk, it takes seconds only once."""
+    x = torch.ones(1, 8, dtype=dtype, device=device)
+    rms_norm(x, x[0], 1e-5)
+    silu_and_mul(x)
+    cells = torch.zeros(1, dtype=torch.int64, device=device)
+    rotate_and_store(x.clone(), x[:, :2], x[:, :2], x[:, :4].clone(), cells, num_heads=2, head_dim=2)
+    table = LoraTable(1, (8,), dtype, device)
+    table.set(0, 0, x, x.view(8, 1))
+    segments = LoraSegments((0, 1), (0,))
+    lora_expand(lora_shrink(x, table, segments), table, segments, x)
