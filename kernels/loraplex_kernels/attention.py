@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.cpu import attention as _cpu
+from loraplex_kernels.cpu import decode as _cpu_decode
 from loraplex_kernels.reference import attention as _reference
 
 
@@ -28,3 +29,29 @@ def paged_attention(
     if cache.is_cpu:
         return _cpu.paged_attention(queries, cache, cells, mask, num_kv_heads, scale)
     return _reference.paged_attention(queries, cache, cells, mask, num_kv_heads, scale)
+
+
+def is_decode_fast(num_keys: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `decode_attention` is the fastest form for sequences with that many keys in all, on that device."""
+    return device.type == "cpu" and _cpu_decode.is_fast(num_keys, dtype)
+
+
+def decode_attention(
+    queries: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    block_size: int,
+    num_kv_heads: int,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Let each of P sequences' one query attend to its cached keys, of which it sees the last `window`.
+
+    queries: [P, num_heads * head_dim], rows may be apart; cache: [cells, 2 * num_kv_heads * head_dim], keys first;
+    block_table: [P, max_blocks] int32, dense, the blocks of each sequence in order; seq_lens: [P] int32, keys of each,
+    1 or more. Head h reads key head h // (num_heads / num_kv_heads). Returns [P, num_heads * head_dim].
+    """
+    operation = _cpu_decode.decode_attention if cache.is_cpu else _reference.decode_attention
+    return operation(queries, cache, block_table, seq_lens, block_size, num_kv_heads, scale, window)

@@ -3,6 +3,7 @@
 import torch
 
 from loraplex_kernels.activation import silu_and_mul
+from loraplex_kernels.attention import decode_attention
 from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
 from loraplex_kernels.norm import rms_norm
@@ -15,6 +16,8 @@ def warm_up(dtype: torch.dtype, device: torch.device) -> None:
     silu_and_mul(x)
     cells = torch.zeros(1, dtype=torch.int64, device=device)
     rotate_and_store(x.clone(), x[:, :2], x[:, :2], x[:, :4].clone(), cells, num_heads=2, head_dim=2)
+    first, length = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32, device=device)
+    decode_attention(x[:, :4], x, first, length, block_size=1, num_kv_heads=1, scale=1.0, window=1)
     table = LoraTable(1, (8,), dtype, device)
     table.set(0, 0, x, x.view(8, 1))
     segments = LoraSegments((0, 1), (0,))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraplex_kernels.activation import silu_and_mul
-from loraplex_kernels.attention import order_cells, paged_attention
+from loraplex_kernels.attention import decode_attention, is_decode_fast, order_cells, paged_attention
 from loraplex_kernels.cpu import attention as cpu_attention
 from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_kernels.linear import linear, pack_weight
@@ -178,3 +178,29 @@ def test_many_queries_are_attended_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
             patch.setattr(cpu_attention, "MAX_BATCHED_SCORES", 2 * 6 * 90 * 16)
             assert torch.allclose(paged_attention(queries, cache, rows, given, 3, 0.3), whole, atol=0.02)
         assert_near(whole, reference_attention.paged_attention(queries, cache, cells, given, 3, 0.3), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_shared", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("head_dim", [8, 64, 128])
+@pytest.mark.parametrize("window", [1, 9, 1000])
+def test_decoding_from_scattered_blocks_equals_its_reference(
+    dtype: torch.dtype, num_shared: int, head_dim: int, window: int
+) -> None:
+    num_kv_heads, block_size = 2, 4
+    cache = torch.randn(64 * block_size, 2 * num_kv_heads * head_dim, dtype=dtype)
+    cache[0:block_size] = float("nan")  # block 0 stands where a sequence has no block
+    seq_lens = torch.tensor([1, 4, 5, 37], dtype=torch.int32)
+    block_table = (torch.randperm(63)[:40] + 1).view(4, 10).int()
+    block_table[0, 1:] = block_table[1, 1:] = block_table[2, 2:] = 0
+    width = num_shared * num_kv_heads * head_dim
+    queries = torch.randn(4, width + 6, dtype=dtype)[:, :width]
+    assert is_decode_fast(47, dtype, cache.device)
+    ours = decode_attention(
+        queries, cache, block_table, seq_lens,
+        block_size=block_size, num_kv_heads=num_kv_heads, scale=0.3, window=window,
+    )  # fmt: skip
+    truth = reference_attention.decode_attention(
+        queries, cache, block_table, seq_lens, block_size, num_kv_heads, 0.3, window
+    )
+    assert_near(ours, truth, dtype)

@@ -22,3 +22,16 @@ def paged_attention(
                 scores = scores + mask[sequence]
             out[sequence, :, columns] = scores.float().softmax(-1).to(values.dtype) @ values
     return out
+
+
+def decode_attention(
+    queries: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor,
+    block_size: int, num_kv_heads: int, scale: float, window: int,
+) -> Tensor:  # fmt: skip
+    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    for sequence, num_keys in enumerate(seq_lens.tolist()):
+        keys = torch.arange(max(0, num_keys - window), num_keys)
+        cells = block_table[sequence].long()[keys // block_size] * block_size + keys % block_size
+        query = queries[sequence].view(1, 1, -1)
+        out[sequence] = paged_attention(query, cache, cells.view(1, -1), None, num_kv_heads, scale)
+    return out

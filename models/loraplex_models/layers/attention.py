@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_kernels.attention import order_cells, paged_attention
+from loraplex_kernels.attention import decode_attention, is_decode_fast, order_cells, paged_attention
 from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_models.forward import AttentionBatch
 
@@ -68,9 +68,21 @@ class AttentionGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """The step's first sequences, one query each, attending straight from their blocks."""
+
+    num_sequences: int
+    block_table: Tensor  # [P, max_blocks] int32
+    seq_lens: Tensor  # [P] int32
+    block_size: int
+    window: int  # keys that a query sees, its own included
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """One step's groups, and the cell that each token writes. Shared by all layers."""
 
+    decodes: DecodeGroup | None
     groups: tuple[AttentionGroup, ...]
     slot_mapping: Tensor
 
@@ -85,20 +97,30 @@ class _Sequence:
 
 def plan_attention(batch: AttentionBatch, cache: KVCache, window: int | None) -> AttentionPlan:
     """Group the step's sequences over a cache. With `window` a query sees that many keys, its own included."""
+    lengths = batch.seq_lens.tolist()
+    if window is not None and window >= batch.max_seq_len:
+        window = None
+    count = batch.num_decodes
+    decodes = None
+    if count and is_decode_fast(sum(lengths[:count]), cache.dtype, batch.seq_lens.device):
+        decodes = DecodeGroup(
+            num_sequences=count,
+            block_table=batch.block_table[:count],
+            seq_lens=batch.seq_lens[:count],
+            block_size=cache.block_size,
+            window=window or batch.max_seq_len,
+        )
+        if count == len(lengths):
+            return AttentionPlan(decodes, (), batch.slot_mapping)
     starts = batch.query_start.tolist()
     sequences = [
         _Sequence(index, starts[index], starts[index + 1] - starts[index], num_keys)
-        for index, num_keys in enumerate(batch.seq_lens.tolist())
+        for index, num_keys in enumerate(lengths)
     ]
-    if window is not None and window >= batch.max_seq_len:
-        window = None
+    parts = ([] if decodes else sequences[:count], sequences[count:])
     block_table = batch.block_table.long()
-    groups = tuple(
-        _make_group(group, block_table, cache, window)
-        for part in (sequences[: batch.num_decodes], sequences[batch.num_decodes :])
-        for group in _split(part)
-    )
-    return AttentionPlan(groups, batch.slot_mapping)
+    groups = tuple(_make_group(group, block_table, cache, window) for part in parts for group in _split(part))
+    return AttentionPlan(decodes, groups, batch.slot_mapping)
 
 
 def _split(sequences: list[_Sequence]) -> list[list[_Sequence]]:
@@ -200,9 +222,14 @@ class Attention:
         """
         rotate_and_store(qkv, cos, signed_sin, cache, plan.slot_mapping, self._num_heads, self._head_dim)
         queries = qkv.narrow(1, 0, self._query_width)
-        if len(plan.groups) == 1 and plan.groups[0].tokens is None:
+        if plan.decodes is not None and not plan.groups:
+            return self._decode(queries, cache, plan.decodes)
+        if plan.decodes is None and len(plan.groups) == 1 and plan.groups[0].tokens is None:
             return self._attend(queries, cache, plan.groups[0])
         out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+        if plan.decodes is not None:
+            count = plan.decodes.num_sequences
+            out.narrow(0, 0, count).copy_(self._decode(queries.narrow(0, 0, count), cache, plan.decodes))
         for group in plan.groups:
             if group.tokens is None:
                 num_tokens = group.num_sequences * group.num_queries
@@ -213,6 +240,18 @@ class Attention:
                 found = self._attend(queries.index_select(0, group.tokens), cache, group)
                 out.index_copy_(0, group.group_tokens, found.index_select(0, group.padded_rows))
         return out
+
+    def _decode(self, queries: Tensor, cache: Tensor, group: DecodeGroup) -> Tensor:
+        return decode_attention(
+            queries,
+            cache,
+            group.block_table,
+            group.seq_lens,
+            block_size=group.block_size,
+            num_kv_heads=self._num_kv_heads,
+            scale=self._scale,
+            window=group.window,
+        )
 
     def _attend(self, queries: Tensor, cache: Tensor, group: AttentionGroup) -> Tensor:
         if group.cells is None:
