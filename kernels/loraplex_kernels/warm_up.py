@@ -4,6 +4,7 @@ import torch
 
 from loraplex_kernels.activation import silu_and_mul
 from loraplex_kernels.attention import decode_attention
+from loraplex_kernels.choice import most_likely
 from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
 from loraplex_kernels.norm import rms_norm
@@ -14,6 +15,7 @@ def warm_up(dtype: torch.dtype, device: torch.device) -> None:
     x = torch.ones(1, 8, dtype=dtype, device=device)
     rms_norm(x, x[0], 1e-5)
     silu_and_mul(x)
+    most_likely(x)
     cells = torch.zeros(1, dtype=torch.int64, device=device)
     rotate_and_store(x.clone(), x[:, :2], x[:, :2], x[:, :4].clone(), cells, num_heads=2, head_dim=2)
     first, length = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32, device=device)

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from loraplex_kernels.activation import silu_and_mul
 from loraplex_kernels.attention import decode_attention, is_decode_fast, order_cells, paged_attention
+from loraplex_kernels.choice import most_likely
 from loraplex_kernels.cpu import attention as cpu_attention
 from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_kernels.linear import linear, pack_weight
 from loraplex_kernels.norm import rms_norm
 from loraplex_kernels.reference import activation as reference_activation
 from loraplex_kernels.reference import attention as reference_attention
+from loraplex_kernels.reference import choice as reference_choice
 from loraplex_kernels.reference import kv_cache as reference_kv_cache
 from loraplex_kernels.reference import linear as reference_linear
 from loraplex_kernels.reference import norm as reference_norm
@@ -204,3 +206,30 @@ def test_decoding_from_scattered_blocks_equals_its_reference(
         queries, cache, block_table, seq_lens, block_size, num_kv_heads, 0.3, window
     )
     assert_near(ours, truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", [0.1, 3.0, 60.0])
+def test_the_most_likely_token_equals_its_reference(dtype: torch.dtype, spread: float) -> None:
+    logits = (torch.randn(7, 1001) * spread).to(dtype)
+    logits[1, ::2] = float("-inf")
+    logits[2, [5, 700, 900]] = logits[2].max() + 1  # a tie
+    token_ids, logprobs = most_likely(logits)
+    true_ids, true_logprobs = reference_choice.most_likely(logits)
+    assert token_ids.tolist() == true_ids.tolist() and token_ids[2] == 5
+    assert torch.allclose(logprobs, true_logprobs, atol=2e-6, rtol=1e-5)
+    assert torch.allclose(logprobs, logits.float().log_softmax(1).amax(1), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), None])
+def test_a_broken_row_gives_no_token_and_harms_no_other(dtype: torch.dtype, broken: float | None) -> None:
+    logits = torch.randn(3, 50, dtype=dtype)
+    if broken is None:
+        logits[1] = float("-inf")
+    else:
+        logits[1, 49] = broken
+    for choose in (most_likely, reference_choice.most_likely):
+        token_ids, logprobs = choose(logits)
+        assert token_ids[1] == -1 and logprobs[1] == 0
+        assert token_ids[[0, 2]].tolist() == logits[[0, 2]].argmax(1).tolist()

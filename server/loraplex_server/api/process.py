@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 
 import uvicorn
+import uvloop
 
 from loraplex_server.adapter_registry import AdapterRegistry
 from loraplex_server.api.admission import Admission
@@ -53,7 +54,7 @@ def run(config: ServeConfig, control: ControlLine) -> int:
     except BindError as error:
         control.send("failed", error=str(error))
         return ExitCode.FAILED
-    return asyncio.run(_serve(config, control, listener))
+    return uvloop.run(_serve(config, control, listener))
 
 
 async def _serve(config: ServeConfig, control: ControlLine, listener: socket.socket) -> int:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraplex_kernels.choice import most_likely
 from loraplex_server.engine import logits as processors
 from loraplex_server.engine.noise import TokenNoise, seed_keys, step_keys
 from loraplex_server.messages import SamplingParams, TopLogprob
@@ -78,6 +79,11 @@ class _Batch:
     top_counts: dict[int, int]  # position → number of likely tokens to report
 
     @property
+    def is_plain(self) -> bool:
+        """Whether every row takes its best token as the scores come, and reports no others."""
+        return not (self.changes_scores or self.top_counts)
+
+    @property
     def changes_scores(self) -> bool:
         """Whether anything beside greedy rows as they come is in the batch."""
         return bool(self.watermarked or self.penalties or self.draws)
@@ -135,6 +141,11 @@ class Sampler:
         batch = self._batch
         if batch is None or batch.rows != rows:
             batch = self._batch = self._gather(rows)
+        if batch.is_plain:
+            token_ids, logprobs = most_likely(logits)
+            chosen_ids: list[int] = token_ids.tolist()
+            self._advance(batch, token_ids, [token_id != NO_TOKEN for token_id in chosen_ids])
+            return SampledTokens(chosen_ids, logprobs.tolist(), [[] for _ in rows])
 
         self._reserve_scratch(len(rows))
         scores = logits
