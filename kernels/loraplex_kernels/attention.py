@@ -31,6 +31,14 @@ def paged_attention(
     return _reference.paged_attention(queries, cache, cells, mask, num_kv_heads, scale)
 
 
+def capped_attention(
+    queries: Tensor, cache: Tensor, cells: Tensor | None, mask: Tensor | None,
+    *, num_kv_heads: int, scale: float, cap: float,
+) -> Tensor:  # fmt: skip
+    """As `paged_attention`, with each score s = scale * query . key bent to cap * tanh(s / cap) before the mask."""
+    return _cpu.capped_attention(queries, cache, cells, mask, num_kv_heads, scale, cap)
+
+
 def is_decode_fast(num_keys: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `decode_attention` is the fastest form for sequences with that many keys in all, on that device."""
     return device.type == "cpu" and _cpu_decode.is_fast(num_keys, dtype)

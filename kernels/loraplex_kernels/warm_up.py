@@ -2,19 +2,21 @@
 
 import torch
 
-from loraplex_kernels.activation import silu_and_mul
+from loraplex_kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from loraplex_kernels.attention import decode_attention
 from loraplex_kernels.choice import most_likely
 from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
-from loraplex_kernels.norm import rms_norm
+from loraplex_kernels.norm import rms_norm, rms_norm_groups
 
 
 def warm_up(dtype: torch.dtype, device: torch.device) -> None:
     """Call each operation that is compiled on first use, on a few numbers; kept on disk, it takes seconds only once."""
     x = torch.ones(1, 8, dtype=dtype, device=device)
     rms_norm(x, x[0], 1e-5)
+    rms_norm_groups(x.clone(), x[0], 4, 1e-5)
     silu_and_mul(x)
+    gelu_tanh_and_mul(x)
     most_likely(x)
     cells = torch.zeros(1, dtype=torch.int64, device=device)
     rotate_and_store(x.clone(), x[:, :2], x[:, :2], x[:, :4].clone(), cells, num_heads=2, head_dim=2)

@@ -21,11 +21,11 @@ from loraplex.console import Console
 from loraplex.flags import Settings
 from loraplex.foreign_flags import spread_lora_modules
 from loraplex.launch_error import LaunchError
-from loraplex.machine import look_at_machine
 from loraplex.plan import check_served, make_plan
 from loraplex.resolve import check_address, resolve
 from loraplex.supervisor import Supervisor
 from loraplex_server import log
+from loraplex_server.machine import look_at_machine
 
 # A stop that was asked for while files are still coming in takes at most this long.
 STOP_DURING_START_S = 2.0

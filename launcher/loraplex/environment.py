@@ -6,7 +6,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 import loraplex
-from loraplex.machine import look_at_machine
+from loraplex_server.machine import look_at_machine
 
 PACKAGES = (
     "torch",

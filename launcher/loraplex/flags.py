@@ -203,7 +203,7 @@ def settings_from(context: click.Context) -> Settings:
     known = {parameter.envvar for parameter in context.command.params if isinstance(parameter.envvar, str)}
     _warn_of_near_misses(context, known)
     values["hostname"] = _hostname(context, values["hostname"])
-    values |= _hub_environment(values["huggingface_hub_cache"])
+    values |= hub_environment(values["huggingface_hub_cache"])
 
     def build(group: type) -> dict[str, Any]:
         return {field.name: values[field.name] for field in setting_fields(group)}
@@ -223,7 +223,7 @@ def _first_set(*names: str) -> str | None:
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
 
-def _hub_environment(cache: str | None) -> dict[str, Any]:
+def hub_environment(cache: str | None) -> dict[str, Any]:
     """What the hub's own variables say: HF_TOKEN, HF_ENDPOINT, HF_HOME and so on."""
     home = _first_set("HF_HOME")
     return {

@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 
 from loraplex.flags import Settings
 from loraplex.launch_error import LaunchError
-from loraplex.machine import Machine
 from loraplex_models.config import ModelConfig
 from loraplex_models.registry import ARCHITECTURES
-from loraplex_server.config import DTYPES, AdapterSource, EngineConfig, ServeConfig
+from loraplex_quant.config import QuantConfig, QuantConfigError, check_agreement, check_flag, parse_quantization
+from loraplex_server.config import DTYPES, EngineConfig, ServeConfig
+from loraplex_server.machine import Machine
+from loraplex_server.messages import AdapterSpec
 
 # Beyond four threads a decode step gains little, and on a shared machine it loses.
 MAX_DEFAULT_THREADS = 4
@@ -29,7 +31,8 @@ class CheckpointFacts:
     revision: str | None
     config: ModelConfig
     weight_bytes: int
-    adapters: tuple[AdapterSource, ...] = ()
+    adapters: tuple[AdapterSpec, ...] = ()
+    notes: tuple[str, ...] = ()  # what a person should know about them
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,10 @@ def check_served(settings: Settings) -> None:
     if engine.num_shard > 1 or launch.sharded:
         raise LaunchError("tensor-parallel shards are not served yet: leave --num-shard at 1 and --sharded out")
     if engine.quantize:
-        raise LaunchError(f"--quantize {engine.quantize}: quantised weights are not served yet, leave the flag out")
+        try:
+            check_flag(engine.quantize)
+        except QuantConfigError as error:
+            raise LaunchError(str(error)) from None
     if (engine.rope_scaling is None) != (engine.rope_factor is None):
         raise LaunchError("--rope-scaling and --rope-factor belong together: give both or neither")
 
@@ -81,9 +87,10 @@ def make_plan(
             f"model '{facts.model_id}' has the architecture {facts.config.architecture}, which is not served; "
             f"served are {', '.join(ARCHITECTURES)}"
         )
-    dtype = _dtype(engine.dtype, facts)
-    _check_memory(facts, dtype, machine)
+    quantization = _quantization(engine.quantize, facts)
     device = "cpu" if engine.device == "auto" else engine.device
+    dtype = _dtype(engine.dtype, facts, quantization, device)
+    _check_memory(facts, dtype, quantization, machine)
     default_threads = 0 if "OMP_NUM_THREADS" in openmp_set else min(machine.num_cores, MAX_DEFAULT_THREADS)
     threads = engine.num_threads or default_threads
     resolved = replace(
@@ -101,7 +108,7 @@ def make_plan(
             ProcessSpec("api", _child_argv("api"), {}),
             ProcessSpec("engine", _child_argv("engine"), _openmp(threads, openmp_set), rank=0, device=device),
         ),
-        summary=_summary(facts, resolved),
+        summary=_summary(facts, quantization, resolved),
     )
 
 
@@ -118,19 +125,35 @@ def _child_argv(name: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", "loraplex.processes", name)
 
 
-def _dtype(wanted: str, facts: CheckpointFacts) -> str:
-    if facts.config.quantization:
-        kind = facts.config.quantization.get("quant_method", "unknown")
-        raise LaunchError(f"model '{facts.model_id}' has {kind} weights: quantised weights are not served yet")
+def _dtype(wanted: str, facts: CheckpointFacts, quantization: QuantConfig | None, device: str) -> str:
     dtype = facts.config.dtype if wanted == "auto" else wanted
+    if wanted == "auto" and quantization is not None and device == "cpu" and dtype == "float16":
+        # Quantised checkpoints say float16 for their kernels' sake; it is ten times slower on CPUs, and no linear of
+        # the checkpoint is stored in it.
+        return "bfloat16"
     if dtype not in DTYPES:
         raise LaunchError(f"model '{facts.model_id}' is stored as {dtype}: choose --dtype {', '.join(DTYPES)}")
     return dtype
 
 
-def _check_memory(facts: CheckpointFacts, dtype: str, machine: Machine) -> None:
-    stored = DTYPE_BYTES.get(facts.config.dtype, 2)
+def _quantization(wanted: str | None, facts: CheckpointFacts) -> QuantConfig | None:
+    try:
+        quantization = parse_quantization(facts.config.quantization)
+        if wanted is not None:
+            check_agreement(wanted, quantization)
+    except QuantConfigError as error:
+        raise LaunchError(f"model '{facts.model_id}': {error}") from None
+    return quantization
+
+
+def _check_memory(facts: CheckpointFacts, dtype: str, quantization: QuantConfig | None, machine: Machine) -> None:
+    config, stored = facts.config, DTYPE_BYTES.get(facts.config.dtype, 2)
     needed = facts.weight_bytes * DTYPE_BYTES[dtype] // stored
+    if quantization is not None:
+        # Embedding and head are stored plainly; the rest becomes plain weights while it is loaded.
+        ends = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
+        linears = max(0, facts.weight_bytes - ends * stored) * 8 // quantization.bits
+        needed = (ends + linears) * DTYPE_BYTES[dtype]
     if needed > machine.memory_bytes:
         raise LaunchError(
             f"out of memory: the weights of '{facts.model_id}' take {needed / GIB:.1f} GiB as {dtype} and "
@@ -138,16 +161,17 @@ def _check_memory(facts: CheckpointFacts, dtype: str, machine: Machine) -> None:
         )
 
 
-def _summary(facts: CheckpointFacts, engine: EngineConfig) -> tuple[str, ...]:
+def _summary(facts: CheckpointFacts, quantization: QuantConfig | None, engine: EngineConfig) -> tuple[str, ...]:
     at = f" at {facts.revision}" if facts.revision else ""
     threads = f"{engine.num_threads} threads" if engine.num_threads else "threads as OMP_* says"
+    stored = "" if quantization is None else f", {quantization.name} with {quantization.bits} bits"
     lines = [
         f"model {facts.model_id}{at}: {facts.config.architecture}, {facts.config.num_layers} layers, "
-        f"{facts.weight_bytes / MIB:.0f} MiB in {facts.path}",
+        f"{facts.weight_bytes / MIB:.0f} MiB{stored} in {facts.path}",
         f"computing in {engine.dtype} on {engine.device} with {threads}, {engine.num_shard} rank",
     ]
     lines += [
         f"adapter {adapter.adapter_id}: rank {adapter.rank}, {adapter.num_bytes / MIB:.1f} MiB from {adapter.path}"
         for adapter in facts.adapters
     ]
-    return tuple(lines)
+    return (*lines, *facts.notes)

@@ -11,7 +11,8 @@ from loraplex.launch_error import LaunchError
 from loraplex.plan import CheckpointFacts
 from loraplex_models.adapters.manifest import ManifestError, check_adapter
 from loraplex_models.config import ModelConfig, ModelConfigError, read_config
-from loraplex_server.config import AdapterSource, ApiConfig, LaunchConfig
+from loraplex_server.config import ApiConfig, LaunchConfig
+from loraplex_server.messages import AdapterSpec
 
 
 def check_address(api: ApiConfig) -> None:
@@ -54,13 +55,15 @@ def resolve(settings: Settings, *, progress: bool = False) -> CheckpointFacts:
     model_id = launch.model_id or wanted
     if source.source == "hub":
         model_id = model_id.partition("@")[0]
+    adapters = _resolve_adapters(settings, config, progress=progress)
     return CheckpointFacts(
         path=source.path,
         model_id=launch.served_model_name or model_id,
         revision=source.revision,
         config=config,
         weight_bytes=sum(file.stat().st_size for file in weights),
-        adapters=_resolve_adapters(settings, config, progress=progress),
+        adapters=tuple(spec for spec, _ in adapters),
+        notes=tuple(f"adapter '{spec.adapter_id}': {warning}" for spec, warnings in adapters for warning in warnings),
     )
 
 
@@ -73,7 +76,10 @@ def _hub_access(launch: LaunchConfig) -> dict[str, Any]:
     }
 
 
-def _resolve_adapters(settings: Settings, config: ModelConfig, *, progress: bool) -> tuple[AdapterSource, ...]:
+def _resolve_adapters(
+    settings: Settings, config: ModelConfig, *, progress: bool
+) -> list[tuple[AdapterSpec, list[str]]]:
+    """Every adapter, with what a person should know about it. Raises LaunchError."""
     from loraplex_models.sources import SourceError, parse_lora_adapters, resolve_adapter  # as above
 
     launch = settings.launch
@@ -81,26 +87,30 @@ def _resolve_adapters(settings: Settings, config: ModelConfig, *, progress: bool
         items = parse_lora_adapters(",".join(launch.lora_adapters))
     except SourceError as error:
         raise LaunchError(f"--lora-adapters: {error}") from None
-    adapters: list[AdapterSource] = []
+    adapters: list[tuple[AdapterSpec, list[str]]] = []
     refused: list[str] = []
     for item in items:
         try:
             source = resolve_adapter(item, **_hub_access(launch), progress=progress)
-            manifest = check_adapter(source.path, config, max_rank=settings.serve.engine.adapters.max_lora_rank)
+            manifest = check_adapter(
+                source.path,
+                config,
+                max_rank=settings.serve.engine.adapters.max_lora_rank,
+                base_model_name=launch.served_model_name or launch.model_id,
+            )
         except (SourceError, ManifestError) as error:
             refused.append(f"adapter '{item.adapter_id}': {error}")
             continue
-        adapters.append(
-            AdapterSource(
-                adapter_id=item.adapter_id,
-                path=source.path,
-                digest=manifest.digest,
-                rank=manifest.rank,
-                num_bytes=manifest.num_bytes,
-                source=source.source,
-                revision=source.revision,
-            )
+        spec = AdapterSpec(
+            adapter_id=item.adapter_id,
+            path=source.path,
+            digest=manifest.digest,
+            rank=manifest.rank,
+            num_bytes=manifest.num_bytes,
+            source=source.source,
+            revision=source.revision,
         )
+        adapters.append((spec, manifest.warnings))
     if refused:
         raise LaunchError("; ".join(refused))
-    return tuple(adapters)
+    return adapters

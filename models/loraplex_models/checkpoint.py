@@ -9,8 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loraplex_quant.method import FLOATS, QuantFormatError, WeightFormat
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# What AutoGPTQ calls its file: gptq_model-4bit-32g.safetensors.
+GPTQ_NAME = "gptq_model-*bit-*g"
 
 
 class CheckpointError(ValueError):
@@ -18,19 +22,24 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint:
-    """The open shards of one checkpoint folder: `take` each tensor once, then ask what was `left_over`."""
+    """The open shards of one checkpoint folder: `take` each tensor once, then ask what was `left_over`.
 
-    def __init__(self, folder: str | Path) -> None:
+    `weight_format` reads the linears that are quantised; None where all are plain.
+    """
+
+    def __init__(self, folder: str | Path, weight_format: WeightFormat | None = None) -> None:
         """Open the shards and read their headers.
 
         Raises CheckpointError when a file is missing or broken.
         """
+        self.weight_format = weight_format
         self._folder = Path(folder)
         self._files: list[Any] = []
         self._file_of: dict[str, tuple[str, Any]] = {}
         self._taken: set[str] = set()
         self.total_bytes = 0
         self.taken_bytes = 0
+        self.num_quantized = 0  # linears that were stored in the format
         try:
             for name in _shard_names(self._folder):
                 self._open(name)
@@ -55,10 +64,10 @@ class Checkpoint:
             file.__exit__(None, None, None)
         self._files.clear()
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...] | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
         """Return the tensor of that name, mapped from its file.
 
-        Raises CheckpointError when it is missing, has another shape, or is not of floating point.
+        Raises CheckpointError when it is missing, has another shape than the one given, or none of the dtypes.
         """
         if name not in self._file_of:
             raise CheckpointError(f"the checkpoint in '{self._folder}' has no tensor '{name}'")
@@ -69,20 +78,23 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"'{file_name}': tensor '{name}' cannot be read: {error}") from None
-        if tuple(tensor.shape) != shape:
+        if shape is not None and tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"'{file_name}': tensor '{name}' has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
             )
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise CheckpointError(
-                f"'{file_name}': tensor '{name}' is of {tensor.dtype}; float32, bfloat16 and float16 are served"
-            )
+        if tensor.dtype not in dtypes:
+            served = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise CheckpointError(f"'{file_name}': tensor '{name}' is of {tensor.dtype}; served here: {served}")
         self.taken_bytes += tensor.nbytes
         return tensor
 
     def left_over(self) -> list[str]:
         """Return the names of the tensors that nobody took, sorted."""
         return sorted(self._file_of.keys() - self._taken)
+
+    def linear(self, module: str) -> "CheckpointLinear":
+        """Return the tensors of one linear, by suffix."""
+        return CheckpointLinear(self, module)
 
     def _open(self, name: str) -> None:
         path = self._folder / name
@@ -102,23 +114,59 @@ class Checkpoint:
             self._file_of[tensor_name] = (name, file)
 
 
+class CheckpointLinear:
+    """The tensors named `<module>.<suffix>` of a checkpoint. See `StoredLinear`."""
+
+    def __init__(self, checkpoint: Checkpoint, module: str) -> None:
+        self._checkpoint = checkpoint
+        self._module = module
+
+    def __contains__(self, suffix: str) -> bool:
+        return f"{self._module}.{suffix}" in self._checkpoint
+
+    def take(self, suffix: str, shape: tuple[int, ...] | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
+        """Return one of the tensors. Raises CheckpointError."""
+        return self._checkpoint.take(f"{self._module}.{suffix}", shape, dtypes)
+
+    def dequantize(self, in_size: int, out_size: int) -> Tensor | None:
+        """Return the weight [out_size, in_size] in float32; None where it is stored plainly.
+
+        Raises CheckpointError.
+        """
+        weight_format = self._checkpoint.weight_format
+        if weight_format is None or not weight_format.is_quantized(self):
+            return None
+        self._checkpoint.num_quantized += 1
+        try:
+            return weight_format.dequantize(self, in_size, out_size)
+        except QuantFormatError as error:
+            raise CheckpointError(f"'{self._module}': {error}") from None
+
+
 def _shard_names(folder: Path) -> list[str]:
-    if (folder / INDEX_FILE).exists():
-        return _indexed_shards(folder)
-    if (folder / SINGLE_FILE).exists():
-        return [SINGLE_FILE]
+    for index in (INDEX_FILE, *_names(folder, f"{GPTQ_NAME}.safetensors.index.json")):
+        if (folder / index).exists():
+            return _indexed_shards(folder / index)
+    for single in (SINGLE_FILE, *_names(folder, f"{GPTQ_NAME}.safetensors")):
+        if (folder / single).exists():
+            return [single]
     raise CheckpointError(
-        f"no weights in '{folder}': neither '{SINGLE_FILE}' nor '{INDEX_FILE}' is there (only safetensors are served)"
+        f"no weights in '{folder}': none of '{SINGLE_FILE}', '{INDEX_FILE}' and '{GPTQ_NAME}.safetensors' is there "
+        "(only safetensors are served)"
     )
 
 
-def _indexed_shards(folder: Path) -> list[str]:
+def _names(folder: Path, pattern: str) -> list[str]:
+    return sorted(path.name for path in folder.glob(pattern))
+
+
+def _indexed_shards(index: Path) -> list[str]:
     try:
-        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"'{folder / INDEX_FILE}' cannot be read: {error!r}") from None
+        raise CheckpointError(f"'{index}' cannot be read: {error!r}") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"'{folder / INDEX_FILE}' names a shard outside its folder: {name!r}")
+            raise CheckpointError(f"'{index}' names a shard outside its folder: {name!r}")
     return names

@@ -43,9 +43,61 @@ class ModelConfig:
     bos_token_id: int | None
     dtype: str  # what the checkpoint says: float16, bfloat16 or float32
     quantization: dict[str, Any] | None
+    # What some families add; None where the plain rule holds.
+    windowed_layers: tuple[int, ...] | None = None  # those with the window; None: all
+    windowed_rope: RopeConfig | None = None  # of the layers with the window; None: as the others
+    unturned_layers: tuple[int, ...] = ()  # those without rotary embedding
+    has_gated_mlp: bool = True  # else c_fc and c_proj, with the activation between
+    has_packed_linears: bool = False  # the checkpoint has qkv_proj and gate_up_proj, each as one linear
+    attention_scale: float | None = None  # of the scores, in place of head_dim ** -0.5
+    attention_cap: float | None = None  # scores become cap * tanh(score / cap)
+    residual_scale: float | None = None  # of what attention and MLP add
+    embedding_scale: float | None = None
+    logit_scale: float | None = None
+    logit_cap: float | None = None
 
 
 DEFAULT_EPS = 1e-6
+
+# What transformers takes when a family's config.json leaves a key out, where that is not the plain rule.
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "Qwen2ForCausalLM": {"use_sliding_window": False, "max_window_layers": 28},
+    "Qwen3ForCausalLM": {"use_sliding_window": False, "max_window_layers": 28, "head_dim": 128},
+    "SmolLM3ForCausalLM": {
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "rope_theta": 2000000.0,
+        "no_rope_layer_interval": 4,
+    },
+    "Starcoder2ForCausalLM": {
+        "tie_word_embeddings": True,
+        "use_bias": True,
+        "norm_epsilon": 1e-5,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "CohereForCausalLM": {"tie_word_embeddings": True, "logit_scale": 0.0625, "layer_norm_eps": 1e-5},
+    "GemmaForCausalLM": {"tie_word_embeddings": True, "head_dim": 256},
+    "Gemma2ForCausalLM": {
+        "tie_word_embeddings": True,
+        "head_dim": 256,
+        "sliding_window": 4096,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window_pattern": 2,
+    },
+    "Gemma3ForCausalLM": {
+        "tie_word_embeddings": True,
+        "head_dim": 256,
+        "sliding_window": 4096,
+        "query_pre_attn_scalar": 256,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+    },
+}
+PACKED_ARCHITECTURES = ("Phi3ForCausalLM",)
+UNGATED_ARCHITECTURES = ("Starcoder2ForCausalLM",)
 
 
 def _required(raw: dict[str, Any], key: str) -> Any:
@@ -55,13 +107,83 @@ def _required(raw: dict[str, Any], key: str) -> Any:
     return value
 
 
+def _max_positions(raw: dict[str, Any]) -> int:
+    return int(raw.get("max_position_embeddings") or 2048)
+
+
 def _rope(raw: dict[str, Any]) -> RopeConfig:
     # transformers 5 writes rope_parameters; older files rope_theta and rope_scaling with 'type' or 'rope_type'.
     parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    if "full_attention" in parameters:  # one for each kind of layer
+        parameters = dict(parameters["full_attention"])
     theta = parameters.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     legacy_kind = parameters.pop("type", None)
     kind = parameters.pop("rope_type", None) or legacy_kind or "default"
+    if kind in ("longrope", "su"):
+        kind = "longrope"
+        original = parameters.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+        if not original:
+            raise ModelConfigError("rope scaling 'longrope' needs original_max_position_embeddings")
+        parameters["original_max_position_embeddings"] = int(original)
+        if parameters.get("factor") is None:
+            parameters["factor"] = _max_positions(raw) / original
+    if raw.get("partial_rotary_factor") is not None:
+        parameters.setdefault("partial_rotary_factor", raw["partial_rotary_factor"])
     return RopeConfig(theta=float(theta), kind=str(kind), parameters=parameters)
+
+
+def _unturned_layers(raw: dict[str, Any]) -> tuple[int, ...]:
+    num_layers = int(_required(raw, "num_hidden_layers"))
+    if raw.get("no_rope_layers"):  # which says 1 for a layer with rotary embedding
+        return tuple(i for i, is_turned in enumerate(raw["no_rope_layers"]) if not is_turned)
+    interval = raw.get("no_rope_layer_interval")
+    return tuple(range(interval - 1, num_layers, interval)) if interval else ()
+
+
+def _windowed_rope(raw: dict[str, Any]) -> RopeConfig | None:
+    by_kind = raw.get("rope_parameters") or {}
+    if "sliding_attention" in by_kind:
+        return _rope(raw | {"rope_parameters": by_kind["sliding_attention"], "rope_scaling": None})
+    theta = raw.get("rope_local_base_freq")
+    return None if theta is None else RopeConfig(theta=float(theta))
+
+
+def _windowed_layers(raw: dict[str, Any], architecture: str) -> tuple[int, ...] | None:
+    """The layers that see no further than the window; None when all do."""
+    num_layers = int(_required(raw, "num_hidden_layers"))
+    if raw.get("layer_types"):
+        unknown = sorted(set(raw["layer_types"]) - {"full_attention", "sliding_attention"})
+        if unknown or len(raw["layer_types"]) != num_layers:
+            raise ModelConfigError(f"layer_types of {num_layers} layers cannot be served: {raw['layer_types']}")
+        return tuple(i for i, kind in enumerate(raw["layer_types"]) if kind == "sliding_attention")
+    if architecture == "SmolLM3ForCausalLM":
+        return _unturned_layers(raw)
+    if raw.get("sliding_window_pattern"):
+        # One layer in so many sees everything, the others have the window.
+        return tuple(i for i in range(num_layers) if (i + 1) % int(raw["sliding_window_pattern"]))
+    if raw.get("use_sliding_window") and raw.get("max_window_layers") is not None:
+        return tuple(range(int(raw["max_window_layers"]), num_layers))
+    return None
+
+
+def _activation(raw: dict[str, Any], architecture: str) -> str:
+    name = str(raw.get("hidden_activation") or raw.get("hidden_act") or "silu")
+    # Gemma's first configs say gelu and mean its tanh form; transformers reads them so.
+    return "gelu_pytorch_tanh" if architecture == "GemmaForCausalLM" and name == "gelu" else name
+
+
+def _norm_eps(raw: dict[str, Any]) -> float:
+    names = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+    return next((float(raw[name]) for name in names if raw.get(name)), DEFAULT_EPS)
+
+
+def _optional(raw: dict[str, Any], key: str) -> float | None:
+    return None if raw.get(key) is None else float(raw[key])
+
+
+def _attention_scale(raw: dict[str, Any]) -> float | None:
+    base = _optional(raw, "query_pre_attn_scalar")
+    return _optional(raw, "attention_multiplier") if base is None else base**-0.5
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
@@ -87,13 +209,24 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any] | None = None) 
 
     Raises ModelConfigError where a needed key is absent.
     """
+    architectures = raw.get("architectures") or []
+    architecture = str(architectures[0]) if architectures else str(raw.get("model_type", "unknown"))
+    raw = FAMILY_DEFAULTS.get(architecture, {}) | raw
     num_heads = int(_required(raw, "num_attention_heads"))
     hidden_size = int(_required(raw, "hidden_size"))
-    architectures = raw.get("architectures") or []
     end_token_ids = _token_ids((generation or {}).get("eos_token_id")) or _token_ids(raw.get("eos_token_id"))
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    if raw.get("use_qk_norm"):
+        raise ModelConfigError("use_qk_norm: Cohere's models with normalised queries and keys are not served")
+    if raw.get("use_bidirectional_attention"):
+        raise ModelConfigError("use_bidirectional_attention: only models whose tokens see what came before are served")
+    window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
+    rope = _rope(raw)
+    # Beyond the original length longrope turns all tokens by other angles, those in the cache too: not served.
+    max_positions = rope.parameters["original_max_position_embeddings"] if rope.kind == "longrope" else None
+    logits_divisor = _optional(raw, "logits_scaling")
     return ModelConfig(
-        architecture=str(architectures[0]) if architectures else str(raw.get("model_type", "unknown")),
+        architecture=architecture,
         num_layers=int(_required(raw, "num_hidden_layers")),
         hidden_size=hidden_size,
         num_heads=num_heads,
@@ -101,26 +234,45 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any] | None = None) 
         head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
         intermediate_size=int(_required(raw, "intermediate_size")),
         vocab_size=int(_required(raw, "vocab_size")),
-        max_positions=int(raw.get("max_position_embeddings") or 2048),
-        norm_eps=float(raw.get("rms_norm_eps") or raw.get("layer_norm_eps") or DEFAULT_EPS),
-        rope=_rope(raw),
-        activation=str(raw.get("hidden_act") or raw.get("hidden_activation") or "silu"),
-        attention_bias=bool(raw.get("attention_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-        sliding_window=raw.get("sliding_window"),
+        max_positions=max_positions or _max_positions(raw),
+        norm_eps=_norm_eps(raw),
+        rope=rope,
+        activation=_activation(raw, architecture),
+        attention_bias=bool(raw.get("attention_bias", raw.get("use_bias", False))),
+        mlp_bias=bool(raw.get("mlp_bias", raw.get("use_bias", False))),
+        sliding_window=window,
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         end_token_ids=end_token_ids,
         bos_token_id=raw.get("bos_token_id"),
         dtype=dtype,
         quantization=raw.get("quantization_config"),
+        windowed_layers=None if window is None else _windowed_layers(raw, architecture),
+        windowed_rope=_windowed_rope(raw),
+        unturned_layers=_unturned_layers(raw),
+        has_gated_mlp=architecture not in UNGATED_ARCHITECTURES,
+        has_packed_linears=architecture in PACKED_ARCHITECTURES,
+        attention_scale=_attention_scale(raw),
+        attention_cap=_optional(raw, "attn_logit_softcapping"),
+        residual_scale=_optional(raw, "residual_multiplier"),
+        embedding_scale=_optional(raw, "embedding_multiplier"),
+        logit_scale=_optional(raw, "logit_scale") if logits_divisor is None else 1 / logits_divisor,
+        logit_cap=_optional(raw, "final_logit_softcapping"),
     )
 
 
+# Where older writers put what is now quantization_config in config.json, and what they meant without a quant_method.
+QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+
+
 def read_config(folder: str | Path) -> ModelConfig:
-    """Read config.json, and generation_config.json where there is one, of a model folder.
+    """Read config.json of a model folder, and what stands beside it: generation_config.json, a quantisation's config.
 
     Raises ModelConfigError.
     """
     folder = Path(folder)
+    raw = _read_json(folder / "config.json")
+    for name, method in QUANTIZATION_FILES.items():
+        if raw.get("quantization_config") is None and (folder / name).exists():
+            raw["quantization_config"] = {"quant_method": method} | _read_json(folder / name)
     generation = folder / "generation_config.json"
-    return parse_config(_read_json(folder / "config.json"), _read_json(generation) if generation.exists() else None)
+    return parse_config(raw, _read_json(generation) if generation.exists() else None)

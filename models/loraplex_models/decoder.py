@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
 from loraplex_models.config import ModelConfig
-from loraplex_models.forward import ForwardBatch, LoraBatch
+from loraplex_models.forward import AttentionBatch, ForwardBatch, LoraBatch
 from loraplex_models.layers.activation import GATED_ACTIVATIONS
 from loraplex_models.layers.attention import Attention, AttentionPlan, KVCache, plan_attention
 from loraplex_models.layers.embedding import Embedding, Head
@@ -31,7 +31,11 @@ class LoraSite:
 
 
 class DecoderLayer:
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). A family overrides what is different in it."""
+
+    norm_class: type[RMSNorm] = RMSNorm
+    always_has_qkv_bias = False
+    down_name = "mlp.down_proj"
 
     def __init__(
         self, config: ModelConfig, index: int, attention: Attention, dtype: torch.dtype, device: torch.device
@@ -44,17 +48,23 @@ class DecoderLayer:
             named = {f"{prefix}.{name}": size for name, size in parts.items()}
             return Linear(LINEARS_PER_LAYER * index + place, in_size, named, Unquantized(dtype, device, has_bias))
 
-        qkv_parts = {"self_attn.q_proj": query_size, "self_attn.k_proj": kv_size, "self_attn.v_proj": kv_size}
-        gate_up_parts = {"mlp.gate_proj": config.intermediate_size, "mlp.up_proj": config.intermediate_size}
         self.prefix = prefix
-        self.qkv = linear(0, hidden, qkv_parts, config.attention_bias)
+        self.qkv = linear(
+            0, hidden, self._qkv_parts(query_size, kv_size), self.always_has_qkv_bias or config.attention_bias
+        )
         self.output = linear(1, query_size, {"self_attn.o_proj": hidden}, config.attention_bias)
-        self.gate_up = linear(2, hidden, gate_up_parts, config.mlp_bias)
-        self.down = linear(3, config.intermediate_size, {"mlp.down_proj": hidden}, config.mlp_bias)
-        self.attention_norm = RMSNorm(hidden, config.norm_eps, dtype, device)
-        self.mlp_norm = RMSNorm(hidden, config.norm_eps, dtype, device)
+        self.gate_up = linear(2, hidden, self._gate_up_parts(config.intermediate_size), config.mlp_bias)
+        self.down = linear(3, config.intermediate_size, {self.down_name: hidden}, config.mlp_bias)
+        self.attention_norm = self.norm_class(hidden, config.norm_eps, dtype, device)
+        self.mlp_norm = self.norm_class(hidden, config.norm_eps, dtype, device)
         self._attention = attention
         self._activate = GATED_ACTIVATIONS[config.activation]
+
+    def _qkv_parts(self, query_size: int, kv_size: int) -> dict[str, int]:
+        return {"self_attn.q_proj": query_size, "self_attn.k_proj": kv_size, "self_attn.v_proj": kv_size}
+
+    def _gate_up_parts(self, size: int) -> dict[str, int]:
+        return {"mlp.gate_proj": size, "mlp.up_proj": size}
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -71,6 +81,9 @@ class DecoderLayer:
         """Take the layer's weights from the checkpoint."""
         for linear in self.linears:
             linear.load(checkpoint, "model.")
+        self._load_norms(checkpoint)
+
+    def _load_norms(self, checkpoint: Checkpoint) -> None:
         self.attention_norm.load(checkpoint, f"model.{self.prefix}.input_layernorm.weight")
         self.mlp_norm.load(checkpoint, f"model.{self.prefix}.post_attention_layernorm.weight")
 
@@ -86,7 +99,9 @@ class DecoderLayer:
 
 
 class CausalLM:
-    """A decoder with its embedding and head. Made empty; `load` fills it."""
+    """A decoder with its embedding and head. Made empty; `load` fills it. A family overrides what is different."""
+
+    layer_class: type[DecoderLayer] = DecoderLayer
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, group: ParallelGroup) -> None:
         """Lay out the model without weights. Raises CheckpointError for what the config asks and nobody serves."""
@@ -98,13 +113,13 @@ class CausalLM:
         self.device = device
         self.group = group
         try:
-            self._rotary = Rotary(config.rope, config.head_dim, config.max_positions, dtype, device)
+            self._rotary = self._make_rotary()
         except RopeError as error:
             raise CheckpointError(str(error)) from None
-        attention = Attention(config.num_heads, config.num_kv_heads, config.head_dim)
+        attention = self._make_attention()
         self._embedding = Embedding(config.vocab_size, config.hidden_size, dtype, device)
-        self.layers = [DecoderLayer(config, i, attention, dtype, device) for i in range(config.num_layers)]
-        self._norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+        self.layers = [self.layer_class(config, i, attention, dtype, device) for i in range(config.num_layers)]
+        self._norm = self.layer_class.norm_class(config.hidden_size, config.norm_eps, dtype, device)
         self._head = Head(config.vocab_size, config.hidden_size, dtype, device)
 
     @property
@@ -164,9 +179,37 @@ class CausalLM:
 
         To be called under torch.inference_mode.
         """
-        plan = plan_attention(batch.attention, kv_cache, self.config.sliding_window)
-        angles = self._rotary.angles(batch.positions)
-        x = self._embedding.forward(batch.token_ids)
-        for layer, cache in zip(self.layers, kv_cache.layers, strict=True):
+        plans = self._plan_layers(batch.attention, kv_cache)
+        turns = self._turn_layers(batch.positions)
+        x = self._embed(batch.token_ids)
+        for layer, angles, cache, plan in zip(self.layers, turns, kv_cache.layers, plans, strict=True):
             x = layer.forward(x, angles, cache, plan, batch.lora)
-        return self._head.forward(self._norm.forward(x.index_select(0, batch.sample_rows)))
+        return self._logits(self._norm.forward(x.index_select(0, batch.sample_rows)))
+
+    def _make_rotary(self) -> Rotary:
+        config = self.config
+        return Rotary(config.rope, config.head_dim, config.max_positions, self.dtype, self.device)
+
+    def _make_attention(self) -> Attention:
+        config = self.config
+        return Attention(config.num_heads, config.num_kv_heads, config.head_dim, config.attention_scale)
+
+    def _plan_layers(self, batch: AttentionBatch, kv_cache: KVCache) -> list[AttentionPlan]:
+        """One plan a layer: the same for all, or one for the layers with the window and one for the others."""
+        config = self.config
+        groups_decodes = config.attention_cap is not None  # capped scores have no form straight from the blocks
+        near = plan_attention(batch, kv_cache, config.sliding_window, groups_decodes=groups_decodes)
+        if config.windowed_layers is None:
+            return [near] * config.num_layers
+        far = plan_attention(batch, kv_cache, None, groups_decodes=groups_decodes)
+        return [near if index in config.windowed_layers else far for index in range(config.num_layers)]
+
+    def _turn_layers(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The angles of each layer; here the same for all."""
+        return [self._rotary.angles(positions)] * self.config.num_layers
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        return self._embedding.forward(token_ids)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._head.forward(hidden)

@@ -11,6 +11,9 @@ from loraplex_models.config import ModelConfig, ModelConfigError, RopeConfig, re
 from loraplex_models.decoder import CausalLM
 from loraplex_models.parallel import ParallelGroup
 from loraplex_models.registry import ARCHITECTURES, find_model_class
+from loraplex_quant.config import QuantConfigError, parse_quantization
+from loraplex_quant.method import WeightFormat
+from loraplex_quant.registry import weight_format
 
 SERVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What a caller may ask for instead of the config's own rotary scaling; the other kinds need more numbers than a factor.
@@ -43,10 +46,14 @@ def load_model(
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(f"architecture '{config.architecture}' is not served; served are {known}")
     model = model_class(config, dtype, device, group)
-    with Checkpoint(path) as checkpoint, torch.inference_mode():
+    with Checkpoint(path, _weight_format(path, config)) as checkpoint, torch.inference_mode():
         for _ in model.load(checkpoint):
             if progress is not None:
                 progress(min(checkpoint.taken_bytes, checkpoint.total_bytes), checkpoint.total_bytes)
+        if checkpoint.weight_format is not None and not checkpoint.num_quantized:
+            raise CheckpointError(
+                f"the checkpoint in '{path}' calls itself quantised, and none of its linears is quantised"
+            )
         _check_left_over(path, checkpoint, config)
         if progress is not None:
             progress(checkpoint.total_bytes, checkpoint.total_bytes)
@@ -58,12 +65,15 @@ def _served_config(path: str | Path) -> ModelConfig:
         config = read_config(path)
     except ModelConfigError as error:
         raise CheckpointError(str(error)) from None
-    if config.quantization is not None:
-        kind = config.quantization.get("quant_method", "unknown")
-        raise CheckpointError(
-            f"the checkpoint in '{path}' is quantised ({kind}); only float32, bfloat16 and float16 weights are served"
-        )
     return config
+
+
+def _weight_format(path: str | Path, config: ModelConfig) -> WeightFormat | None:
+    try:
+        quantization = parse_quantization(config.quantization)
+    except QuantConfigError as error:
+        raise CheckpointError(f"the checkpoint in '{path}': {error}") from None
+    return None if quantization is None else weight_format(quantization)
 
 
 def _overridden_rope(config: ModelConfig, kind: str | None, factor: float | None) -> ModelConfig:
@@ -76,6 +86,8 @@ def _overridden_rope(config: ModelConfig, kind: str | None, factor: float | None
     if factor is not None and factor < 1:
         raise CheckpointError(f"rope factor {factor} is below 1")
     parameters = {"factor": 1.0 if factor is None else factor}
+    if "partial_rotary_factor" in config.rope.parameters:
+        parameters["partial_rotary_factor"] = config.rope.parameters["partial_rotary_factor"]
     return replace(config, rope=RopeConfig(theta=config.rope.theta, kind=kind, parameters=parameters))
 
 

@@ -9,6 +9,17 @@ if TYPE_CHECKING:
 ARCHITECTURES: dict[str, tuple[str, str]] = {
     "LlamaForCausalLM": ("loraplex_models.llama", "Llama"),
     "MistralForCausalLM": ("loraplex_models.llama", "Mistral"),
+    "Qwen2ForCausalLM": ("loraplex_models.qwen2", "Qwen2"),
+    "Qwen3ForCausalLM": ("loraplex_models.qwen3", "Qwen3"),
+    "GraniteForCausalLM": ("loraplex_models.granite", "Granite"),
+    "Phi3ForCausalLM": ("loraplex_models.phi3", "Phi3"),
+    "GemmaForCausalLM": ("loraplex_models.gemma", "Gemma"),
+    "Gemma2ForCausalLM": ("loraplex_models.gemma", "Gemma2"),
+    "Gemma3ForCausalLM": ("loraplex_models.gemma3", "Gemma3"),
+    "SmolLM3ForCausalLM": ("loraplex_models.smollm3", "SmolLM3"),
+    "Starcoder2ForCausalLM": ("loraplex_models.starcoder2", "Starcoder2"),
+    "CohereForCausalLM": ("loraplex_models.cohere", "Cohere"),
+    "Olmo2ForCausalLM": ("loraplex_models.olmo2", "Olmo2"),
 }
 
 

@@ -33,8 +33,10 @@ class Unquantized:
         packed = pack_weight(weight)
         # A weight that stayed plain must not keep the checkpoint's mapped file alive.
         self._weight = packed.clone() if packed is weight and len(parts) == 1 else packed
-        if self._has_bias:
-            self._bias = self._stack([part["bias"] for part in parts]).clone()
+        # A quantised checkpoint may hold a bias that the config does not name, and for some of the linears only.
+        if any("bias" in part for part in parts):
+            biases = [part["bias"] if "bias" in part else torch.zeros(len(part["weight"])) for part in parts]
+            self._bias = self._stack(biases).clone()
             self.num_bytes += self._bias.nbytes
 
     def apply(self, x: Tensor, addend: Tensor | None = None) -> Tensor:

@@ -4,7 +4,7 @@ import difflib
 from bisect import bisect
 
 from loraplex_models.sources import adapter_id_problem
-from loraplex_server.config import AdapterConfig, AdapterSource
+from loraplex_server.config import AdapterConfig
 from loraplex_server.errors import AdapterNotFound, InvalidRequest
 from loraplex_server.messages import AdapterSpec
 
@@ -17,23 +17,11 @@ Specs = list[AdapterSpec]
 Names = list[str]
 
 
-def _spec(source: AdapterSource) -> AdapterSpec:
-    return AdapterSpec(
-        adapter_id=source.adapter_id,
-        digest=source.digest,
-        path=source.path,
-        rank=source.rank,
-        num_bytes=source.num_bytes,
-        source=source.source,
-        revision=source.revision,
-    )
-
-
 class AdapterRegistry:
     """Adapter ids and what they stand for; an id that is not known is refused, the base never takes its place."""
 
     def __init__(self, config: AdapterConfig):
-        self._specs = {source.adapter_id: _spec(source) for source in config.sources}
+        self._specs = {spec.adapter_id: spec for spec in config.sources}
         self._sorted_ids = sorted(self._specs)
 
     def resolve(self, adapter_id: str) -> AdapterSpec:

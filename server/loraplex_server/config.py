@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraplex_server.messages import AdapterSpec
+
 
 def setting(
     default: Any,
@@ -38,23 +40,10 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterSource:
-    """One adapter given at start, checked and on this machine."""
-
-    adapter_id: str
-    path: str
-    digest: str
-    rank: int
-    num_bytes: int
-    source: str = "local"
-    revision: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
     """The adapters known at start and the room they may take."""
 
-    sources: tuple[AdapterSource, ...] = ()
+    sources: tuple[AdapterSpec, ...] = ()
     max_lora_rank: int = setting(512, "highest LoRA rank served; an adapter above it is refused", minimum=1)
     max_resident_adapters: int = setting(
         64, "adapters held ready for the model at a time; others wait in host memory", minimum=1

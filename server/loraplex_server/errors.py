@@ -3,7 +3,8 @@
     LoraplexError
     ├── InvalidRequest              422 validation: a field is out of bounds
     │   ├── MalformedRequest        422 validation: a field is missing or of the wrong type
-    │   └── InvalidBody             400 invalid_json: the body does not parse
+    │   ├── InvalidBody             400 invalid_json: the body does not parse
+    │   └── TemplateFailed          422 template_error: the model's chat template refuses, or there is none
     ├── BodyTooLarge                413 payload_too_large
     ├── BodyTimeout                 408 timeout: the body came too slowly
     ├── UnsupportedMediaType        415 unsupported_media_type
@@ -43,6 +44,12 @@ class InvalidBody(InvalidRequest):
 
 class MalformedRequest(InvalidRequest):
     """The body is JSON, but a field is missing or of the wrong type; the message is whole as it is."""
+
+
+class TemplateFailed(InvalidRequest):
+    """The model's chat template cannot render the messages; or the model has none."""
+
+    error_type = "template_error"
 
 
 class BodyTooLarge(LoraplexError):

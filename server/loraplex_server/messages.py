@@ -24,12 +24,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    count_penalty: float = 0.0  # OpenAI's frequency penalty: times the token's count in the output
+    logit_bias: dict[int, float] = {}  # added to the scores of these tokens
     watermark: bool = False
     seed: int = 0  # 0 … 2^64 - 1
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     num_logprobs: int = 0  # most likely tokens to report beside the chosen one
     prompt_logprobs: bool = False
+    num_prompt_logprobs: int = 0  # with `prompt_logprobs`: most likely tokens to report beside each of the prompt
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +99,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[list[TopLogprob]] = []  # beside `prompt_logprobs`, when `num_prompt_logprobs` asks for it
     queue_time_s: float | None = None
     error: str | None = None
 

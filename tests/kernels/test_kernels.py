@@ -5,13 +5,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loraplex_kernels.activation import silu_and_mul
-from loraplex_kernels.attention import decode_attention, is_decode_fast, order_cells, paged_attention
+from loraplex_kernels.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
+from loraplex_kernels.attention import (
+    capped_attention,
+    decode_attention,
+    is_decode_fast,
+    order_cells,
+    paged_attention,
+)
 from loraplex_kernels.choice import most_likely
 from loraplex_kernels.cpu import attention as cpu_attention
 from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_kernels.linear import linear, pack_weight
-from loraplex_kernels.norm import rms_norm
+from loraplex_kernels.norm import rms_norm, rms_norm_groups
 from loraplex_kernels.reference import activation as reference_activation
 from loraplex_kernels.reference import attention as reference_attention
 from loraplex_kernels.reference import choice as reference_choice
@@ -58,6 +64,22 @@ def test_rms_norm_equals_its_reference(dtype: torch.dtype, rows: int, size: floa
         ours = rms_norm(x, weight, 1e-5)
         assert_near(ours, reference_norm.rms_norm(x, weight, 1e-5), dtype)
         assert_near(ours, F.rms_norm(x.float(), (64,), weight.float(), 1e-5).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "group_size"), [(1, 8), (5, 8), (5, 24)])
+def test_rms_norm_of_groups_equals_its_reference_and_touches_no_other_column(
+    dtype: torch.dtype, rows: int, group_size: int
+) -> None:
+    given, weight = torch.randn(rows, 40, dtype=dtype), (torch.rand(24) + 0.5).to(dtype)
+    ours, truth = given.clone(), given.clone()
+    rms_norm_groups(ours.narrow(1, 8, 24), weight, group_size, 1e-5)
+    reference_norm.rms_norm_groups(truth.narrow(1, 8, 24), weight, group_size, 1e-5)
+    assert_near(ours, truth, dtype)
+    groups, group_weights = given[:, 8:32].float().view(rows, -1, group_size), weight.float().view(-1, group_size)
+    plain = F.rms_norm(groups, (group_size,), None, 1e-5) * group_weights
+    assert_near(ours[:, 8:32], plain.view(rows, -1).to(dtype), dtype)
+    assert torch.equal(ours[:, :8], given[:, :8]) and torch.equal(ours[:, 32:], given[:, 32:])
 
 
 def test_rms_norm_of_zeros_is_zero() -> None:
@@ -233,3 +255,38 @@ def test_a_broken_row_gives_no_token_and_harms_no_other(dtype: torch.dtype, brok
         token_ids, logprobs = choose(logits)
         assert token_ids[1] == -1 and logprobs[1] == 0
         assert token_ids[[0, 2]].tolist() == logits[[0, 2]].argmax(1).tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
+def test_gelu_and_mul_equal_their_references_and_torch(dtype: torch.dtype, rows: int, size: float) -> None:
+    gate_up = torch.randn(rows, 2 * 24, dtype=dtype) * size
+    gate, up = gate_up.float().chunk(2, -1)
+    with torch.inference_mode():
+        ours = gelu_tanh_and_mul(gate_up)
+        assert_near(ours, reference_activation.gelu_tanh_and_mul(gate_up), dtype)
+        assert_near(ours, (F.gelu(gate, approximate="tanh") * up).to(dtype), dtype)
+        assert_near(gelu_and_mul(gate_up), (F.gelu(gate) * up).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_queries", [1, 5])
+@pytest.mark.parametrize("ordering", ["gathered", "ordered", "in order"])
+def test_capped_attention_equals_its_reference(dtype: torch.dtype, num_queries: int, ordering: str) -> None:
+    num_sequences = 1 if ordering == "in order" else 3
+    cache = torch.randn(300, 2 * 2 * 8, dtype=dtype)
+    queries = torch.randn(num_sequences, num_queries, 6 * 8, dtype=dtype) * 3
+    mask = torch.zeros(num_sequences, num_queries, 300, dtype=dtype)
+    mask[:, :, 250:] = float("-inf")
+    cells: Tensor | None = torch.stack([torch.randperm(300) for _ in range(num_sequences)])
+    if ordering == "in order":
+        cells = None
+    elif ordering == "ordered":
+        cells = torch.arange(4).view(-1, 1, 1) + cells * 4
+    with torch.inference_mode():
+        ours = capped_attention(queries, cache, cells, mask, num_kv_heads=2, scale=0.4, cap=2.0)
+        truth = reference_attention.capped_attention(queries, cache, cells, mask, 2, 0.4, 2.0)
+        assert_near(ours, truth, dtype)
+        plain = reference_attention.paged_attention(queries, cache, cells, mask, 2, 0.4)
+    assert (plain.float() - truth.float()).abs().max() > 0.1

@@ -4,10 +4,11 @@ import pytest
 
 from loraplex.flags import Settings
 from loraplex.launch_error import LaunchError
-from loraplex.machine import Machine
 from loraplex.plan import CheckpointFacts, LaunchPlan, check_served, make_plan
-from loraplex_models.config import parse_config
-from loraplex_server.config import AdapterConfig, AdapterSource, ApiConfig, EngineConfig, LaunchConfig, ServeConfig
+from loraplex_models.config import ModelConfig, parse_config
+from loraplex_server.config import AdapterConfig, ApiConfig, EngineConfig, LaunchConfig, ServeConfig
+from loraplex_server.machine import Machine
+from loraplex_server.messages import AdapterSpec
 
 GIB = 1024**3
 MACHINE = Machine(num_cores=8, memory_bytes=8 * GIB)
@@ -40,7 +41,7 @@ def plan(
 
 
 def test_what_was_found_is_handed_to_the_processes() -> None:
-    adapter = AdapterSource(adapter_id="a", path="/a", digest="d", rank=8, num_bytes=100)
+    adapter = AdapterSpec(adapter_id="a", path="/a", digest="d", rank=8, num_bytes=100)
     engine = EngineConfig(adapters=AdapterConfig(max_lora_rank=16))
     config = plan(engine, replace(FACTS, adapters=(adapter,))).config
     assert config.engine.model_path == "/models/m"
@@ -106,9 +107,42 @@ def test_an_architecture_that_is_not_served_is_named() -> None:
         plan(facts=replace(FACTS, config=replace(LLAMA, architecture="BloomForCausalLM")))
 
 
-def test_quantised_weights_are_refused() -> None:
-    with pytest.raises(LaunchError, match="gptq"):
-        plan(facts=replace(FACTS, config=replace(LLAMA, quantization={"quant_method": "gptq"})))
+GPTQ = replace(LLAMA, quantization={"quant_method": "gptq", "bits": 4, "group_size": 128})
+
+
+def test_quantised_weights_are_named_in_the_summary() -> None:
+    for wanted in (None, "gptq"):
+        made = plan(EngineConfig(quantize=wanted), replace(FACTS, config=GPTQ))
+        assert "gptq with 4 bits" in made.summary[0]
+    assert "bits" not in plan().summary[0]
+
+
+def test_auto_computes_a_quantised_float16_checkpoint_in_bfloat16_on_a_cpu() -> None:
+    facts = replace(FACTS, config=replace(GPTQ, dtype="float16"))
+    assert plan(facts=facts).config.engine.dtype == "bfloat16"
+    assert plan(EngineConfig(dtype="float16"), facts).config.engine.dtype == "float16"
+    assert plan(facts=replace(FACTS, config=replace(LLAMA, dtype="float16"))).config.engine.dtype == "float16"
+
+
+def test_a_quantisation_that_is_not_served_is_named() -> None:
+    with pytest.raises(LaunchError, match="model 'm': weights of the format 'exl2' are not served; served are gptq"):
+        plan(facts=replace(FACTS, config=replace(LLAMA, quantization={"quant_method": "exl2"})))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"), [(GPTQ, "the checkpoint's weights are gptq"), (LLAMA, "weights are not quantised")]
+)
+def test_a_quantisation_that_the_checkpoint_does_not_have_is_refused(config: ModelConfig, message: str) -> None:
+    with pytest.raises(LaunchError, match=f"--quantize awq: .*{message}"):
+        plan(EngineConfig(quantize="awq"), replace(FACTS, config=config))
+
+
+def test_quantised_weights_count_in_memory_as_the_plain_weights_they_become() -> None:
+    ends = 2 * 2 * LLAMA.vocab_size * LLAMA.hidden_size
+    facts = replace(FACTS, config=GPTQ, weight_bytes=2 * GIB - ends // 4 + ends)
+    plan(facts=facts, machine=replace(MACHINE, memory_bytes=8 * GIB))
+    with pytest.raises(LaunchError, match="out of memory"):
+        plan(facts=replace(facts, weight_bytes=facts.weight_bytes + 1), machine=replace(MACHINE, memory_bytes=8 * GIB))
 
 
 def test_a_stored_dtype_that_is_not_computed_in_needs_a_choice() -> None:
@@ -124,7 +158,7 @@ def test_a_stored_dtype_that_is_not_computed_in_needs_a_choice() -> None:
         (LaunchConfig(), EngineConfig(), "--model-id"),
         (LaunchConfig(model_id="m"), EngineConfig(num_shard=2), "not served yet"),
         (LaunchConfig(model_id="m", sharded=True), EngineConfig(), "not served yet"),
-        (LaunchConfig(model_id="m"), EngineConfig(quantize="awq"), "not served yet"),
+        (LaunchConfig(model_id="m"), EngineConfig(quantize="eetq"), "eetq is not served; served are gptq"),
         (LaunchConfig(model_id="m"), EngineConfig(rope_factor=2.0), "--rope-scaling"),
         (LaunchConfig(model_id="m"), EngineConfig(rope_scaling="linear"), "--rope-factor"),
     ],
@@ -137,7 +171,7 @@ def test_what_is_not_served_is_refused_before_anything_is_fetched(
 
 
 def test_the_summary_says_what_was_resolved() -> None:
-    adapter = AdapterSource(adapter_id="pirate", path="/a", digest="d", rank=8, num_bytes=100)
+    adapter = AdapterSpec(adapter_id="pirate", path="/a", digest="d", rank=8, num_bytes=100)
     text = "\n".join(plan(facts=replace(FACTS, adapters=(adapter,))).summary)
     for word in ("m at abc", "LlamaForCausalLM", "bfloat16", "cpu", "4 threads", "1 rank", "pirate", "rank 8"):
         assert word in text

@@ -10,18 +10,18 @@ import pytest
 from loraplex import processes
 from loraplex_server.config import (
     AdapterConfig,
-    AdapterSource,
     ApiConfig,
     EngineConfig,
     ServeConfig,
 )
 from loraplex_server.control import ControlLine
+from loraplex_server.messages import AdapterSpec
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = ServeConfig(
     api=ApiConfig(model_id="m", api_key=("secret",), log_level="error"),
     engine=EngineConfig(
-        adapters=AdapterConfig(sources=(AdapterSource(adapter_id="a", path="/a", digest="d", rank=8, num_bytes=1),))
+        adapters=AdapterConfig(sources=(AdapterSpec(adapter_id="a", path="/a", digest="d", rank=8, num_bytes=1),))
     ),
     link_address="/somewhere",
 )

@@ -161,9 +161,9 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 
 REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not served; served are LlamaForCausalLM, Mistral"),
-    ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
-    ({"hidden_act": "gelu"}, "activation 'gelu' is not served; served are silu"),
-    ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling 'longrope' is not served"),
+    ({"quantization_config": {"quant_method": "exl2"}}, "format 'exl2' are not served; served are gptq, awq"),
+    ({"hidden_act": "relu"}, "activation 'relu' is not served; served are silu"),
+    ({"rope_parameters": {"rope_type": "ntk"}}, "rope scaling 'ntk' is not served"),
     ({"rope_parameters": {"rope_type": "linear"}}, "'linear' needs a number 'factor'"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"hidden_size": None}, "no 'hidden_size'"),

@@ -1,21 +1,21 @@
 import pytest
 
 from loraplex_server.adapter_registry import AdapterRegistry
-from loraplex_server.config import AdapterConfig, AdapterSource
+from loraplex_server.config import AdapterConfig
 from loraplex_server.errors import AdapterNotFound, InvalidRequest
 from loraplex_server.messages import AdapterSpec
 
 
 def registry(*names: str) -> AdapterRegistry:
     sources = tuple(
-        AdapterSource(adapter_id=name, path=f"/adapters/{name}", digest=f"digest of {name}", rank=8, num_bytes=100)
+        AdapterSpec(adapter_id=name, path=f"/adapters/{name}", digest=f"digest of {name}", rank=8, num_bytes=100)
         for name in names
     )
     return AdapterRegistry(AdapterConfig(sources=sources))
 
 
 def test_a_known_id_gives_all_that_was_said_at_start() -> None:
-    source = AdapterSource(
+    source = AdapterSpec(
         adapter_id="org/a", path="/p", digest="d", rank=16, num_bytes=7, source="hub", revision="c0ffee"
     )
     assert AdapterRegistry(AdapterConfig(sources=(source,))).resolve("org/a") == AdapterSpec(

@@ -46,6 +46,26 @@ def paged_attention(
     return out.transpose(1, 2).reshape(num_sequences, num_queries, width)
 
 
+def capped_attention(
+    queries: Tensor, cache: Tensor, cells: Tensor | None, mask: Tensor | None,
+    num_kv_heads: int, scale: float, cap: float,
+) -> Tensor:  # fmt: skip
+    """In plain torch operations over all sequences and heads at once, so good for any device."""
+    if cells is not None and cells.dim() == 3:
+        cells = cells[0] // (2 * num_kv_heads)
+    num_sequences, num_queries, width = queries.shape
+    head_dim = cache.shape[1] // (2 * num_kv_heads)
+    found = cache if cells is None else cache.index_select(0, cells.view(-1))
+    keys_values = found.view(num_sequences, -1, 2, num_kv_heads, head_dim)
+    keys, values = keys_values.permute(2, 0, 3, 1, 4).unbind(0)  # [P, key heads, K, head_dim]
+    heads = queries.view(num_sequences, num_queries, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
+    scores = (heads @ keys.transpose(2, 3).unsqueeze(2)).mul_(scale / cap).tanh_().mul_(cap)
+    if mask is not None:
+        scores += mask.view(num_sequences, 1, 1, num_queries, -1)
+    out = scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values.unsqueeze(2)
+    return out.permute(0, 3, 1, 2, 4).reshape(num_sequences, num_queries, width)
+
+
 def _batched(heads: Tensor, cache: Tensor, rows: Tensor, mask: Tensor | None, scale: float, chunk: int) -> Tensor:
     """heads: [P, N, key heads, heads of each, head_dim]; rows: [2 * key heads, P, K]; returns the shape of `heads`."""
     num_sequences, num_queries, num_kv_heads, _, head_dim = heads.shape

@@ -24,6 +24,27 @@ def paged_attention(
     return out
 
 
+def capped_attention(
+    queries: Tensor, cache: Tensor, cells: Tensor | None, mask: Tensor | None,
+    num_kv_heads: int, scale: float, cap: float,
+) -> Tensor:  # fmt: skip
+    if cells is not None and cells.dim() == 3:
+        cells = cells[0] // (2 * num_kv_heads)
+    head_dim = cache.shape[1] // (2 * num_kv_heads)
+    num_heads = queries.shape[2] // head_dim
+    out = torch.empty_like(queries)
+    for sequence in range(len(queries)):
+        keys_values = (cache if cells is None else cache[cells[sequence]]).view(-1, 2, num_kv_heads, head_dim)
+        for head in range(num_heads):
+            columns = slice(head * head_dim, (head + 1) * head_dim)
+            keys, values = keys_values[:, :, head // (num_heads // num_kv_heads)].unbind(1)
+            scores = (queries[sequence, :, columns] @ keys.T * scale / cap).tanh() * cap
+            if mask is not None:
+                scores = scores + mask[sequence]
+            out[sequence, :, columns] = scores.float().softmax(-1).to(values.dtype) @ values
+    return out
+
+
 def decode_attention(
     queries: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor,
     block_size: int, num_kv_heads: int, scale: float, window: int,

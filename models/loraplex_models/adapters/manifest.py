@@ -63,11 +63,22 @@ def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Input and output size of each linear of a layer that an adapter may change."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
+    if config.has_packed_linears:
+        return {
+            "self_attn.qkv_proj": (hidden, queries + 2 * keys),
+            "self_attn.o_proj": (queries, hidden),
+            "mlp.gate_up_proj": (hidden, 2 * intermediate),
+            "mlp.down_proj": (intermediate, hidden),
+        }
+    attention = {
         "self_attn.q_proj": (hidden, queries),
         "self_attn.k_proj": (hidden, keys),
         "self_attn.v_proj": (hidden, keys),
         "self_attn.o_proj": (queries, hidden),
+    }
+    if not config.has_gated_mlp:
+        return attention | {"mlp.c_fc": (hidden, intermediate), "mlp.c_proj": (intermediate, hidden)}
+    return attention | {
         "mlp.gate_proj": (hidden, intermediate),
         "mlp.up_proj": (hidden, intermediate),
         "mlp.down_proj": (intermediate, hidden),
@@ -280,7 +291,7 @@ def check_adapter(
         _check_tensors(tensors)
         checker = _Checker(config, lora, tensors)
         checker.check_vocabulary()
-        sorted_names = sort_names(tensors)
+        sorted_names = sort_names(tensors, module_shapes(config).keys())
         checker.check_names(sorted_names.pairs, sorted_names.unmatched)
         modules = {module: checker.entry(module, pair) for module, pair in sorted_names.pairs.items()}
         num_bytes = sum(

@@ -1,7 +1,7 @@
 """The names that trainers give to an adapter's tensors, brought to the one name that is served."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ WRAPPER_SEGMENTS = frozenset(("_orig_mod", "module", "_fsdp_wrapped_module", "_c
 LORA_TENSOR = re.compile(r"(?P<path>.+)\.lora_(?P<matrix>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 SERVED_PATH = re.compile(
     r"(?P<prefix>(?:model\.)?(?:language_model\.)?(?:model\.)?)"
-    r"(?P<module>layers\.(?:0|[1-9]\d{0,5})\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj))"
+    r"(?P<module>layers\.(?:0|[1-9]\d{0,5})\.(?P<kind>(?:self_attn|mlp)\.[a-z_]+))"
 )
 PEFT_PREFIX = "base_model.model."
 CANONICAL_PREFIX = "model."
@@ -87,8 +87,8 @@ def _pairs(matrices: dict[str, dict[Literal["A", "B"], tuple[str, str]]]) -> dic
     return pairs
 
 
-def sort_names(names: Iterable[str]) -> SortedNames:
-    """Find the served modules' pairs among a file's tensor names.
+def sort_names(names: Iterable[str], kinds: Collection[str]) -> SortedNames:
+    """Find the pairs of modules of the served kinds (`self_attn.q_proj`, …) among a file's tensor names.
 
     Raises ManifestError for names of features that are not served, halves of pairs and two tensors for one place.
     """
@@ -99,7 +99,7 @@ def sort_names(names: Iterable[str]) -> SortedNames:
         path = bare.removeprefix(PEFT_PREFIX)
         lora = LORA_TENSOR.fullmatch(path)
         served = SERVED_PATH.fullmatch(lora["path"]) if lora else None
-        if lora is None or served is None:
+        if lora is None or served is None or served["kind"] not in kinds:
             if BASE_COPY.search(bare):
                 base_copies.append(name)
             elif not IGNORED_TENSOR.search(bare):

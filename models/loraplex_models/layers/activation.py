@@ -1,9 +1,22 @@
-"""The gated activations, by their name in a config.json."""
+"""The activations, gated and plain, by their name in a config.json."""
 
 from collections.abc import Callable
+from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from loraplex_kernels.activation import silu_and_mul
+from loraplex_kernels.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
 
-GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu_and_mul, "swish": silu_and_mul}
+GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu_and_mul,
+    "swish": silu_and_mul,
+    "gelu_pytorch_tanh": gelu_tanh_and_mul,
+    "gelu": gelu_and_mul,
+}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_kernels.attention import decode_attention, is_decode_fast, order_cells, paged_attention
+from loraplex_kernels.attention import capped_attention, decode_attention, is_decode_fast, order_cells, paged_attention
 from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_models.forward import AttentionBatch
 
@@ -95,14 +95,19 @@ class _Sequence:
     num_keys: int
 
 
-def plan_attention(batch: AttentionBatch, cache: KVCache, window: int | None) -> AttentionPlan:
-    """Group the step's sequences over a cache. With `window` a query sees that many keys, its own included."""
+def plan_attention(
+    batch: AttentionBatch, cache: KVCache, window: int | None, *, groups_decodes: bool = False
+) -> AttentionPlan:
+    """Group the step's sequences over a cache. With `window` a query sees that many keys, its own included.
+
+    `groups_decodes`: decodes are computed in groups like chunks, never straight from their blocks.
+    """
     lengths = batch.seq_lens.tolist()
     if window is not None and window >= batch.max_seq_len:
         window = None
     count = batch.num_decodes
     decodes = None
-    if count and is_decode_fast(sum(lengths[:count]), cache.dtype, batch.seq_lens.device):
+    if count and not groups_decodes and is_decode_fast(sum(lengths[:count]), cache.dtype, batch.seq_lens.device):
         decodes = DecodeGroup(
             num_sequences=count,
             block_table=batch.block_table[:count],
@@ -207,12 +212,13 @@ def _mask(
 class Attention:
     """Turns queries and keys, stores keys and values, attends. Shared by all layers, as it has no weights."""
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float | None = None) -> None:
+        """Attend with that scale of the scores; by default head_dim ** -0.5."""
         self._num_heads = num_heads
         self._query_width = num_heads * head_dim
         self._num_kv_heads = num_kv_heads
         self._head_dim = head_dim
-        self._scale = head_dim**-0.5
+        self._scale = head_dim**-0.5 if scale is None else scale
 
     def forward(self, qkv: Tensor, cache: Tensor, plan: AttentionPlan, cos: Tensor, signed_sin: Tensor) -> Tensor:
         """Return what each token's heads gather, [T, num_heads * head_dim].
@@ -258,4 +264,21 @@ class Attention:
             cache = cache.narrow(0, group.first_cell, group.num_keys)
         queries = queries.view(group.num_sequences, group.num_queries, self._query_width)
         found = paged_attention(queries, cache, group.cells, group.mask, self._num_kv_heads, self._scale)
+        return found.view(-1, self._query_width)
+
+
+class CappedAttention(Attention):
+    """Attention whose scores are bent to stay within a cap; it takes plans whose decodes are in groups."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float | None, cap: float) -> None:
+        super().__init__(num_heads, num_kv_heads, head_dim, scale)
+        self._cap = cap
+
+    def _attend(self, queries: Tensor, cache: Tensor, group: AttentionGroup) -> Tensor:
+        if group.cells is None:
+            cache = cache.narrow(0, group.first_cell, group.num_keys)
+        queries = queries.view(group.num_sequences, group.num_queries, self._query_width)
+        found = capped_attention(
+            queries, cache, group.cells, group.mask, num_kv_heads=self._num_kv_heads, scale=self._scale, cap=self._cap
+        )
         return found.view(-1, self._query_width)

@@ -30,11 +30,7 @@ class Linear:
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
         """Take the weights of the parts, named `<prefix><module>.<suffix>`, from the checkpoint."""
-        tensors = []
-        for module, out_size in self.parts.items():
-            specs = self._method.create_weights(self.in_size, out_size)
-            tensors.append({s.suffix: checkpoint.take(f"{prefix}{module}.{s.suffix}", s.shape) for s in specs})
-        self._method.finish_load(tensors)
+        self._method.finish_load([self._take(checkpoint, prefix + module, size) for module, size in self.parts.items()])
 
     def forward(self, x: Tensor, lora: LoraBatch | None, addend: Tensor | None = None) -> Tensor:
         """Return x @ weight.T, plus the bias, plus `addend`, plus each token's adapter delta. x: [T, in]."""
@@ -43,3 +39,18 @@ class Linear:
         if lora is not None and table is not None:
             lora_expand(lora_shrink(x, table, lora.segments), table, lora.segments, out)
         return out
+
+    def _take(self, checkpoint: Checkpoint, name: str, out_size: int) -> dict[str, Tensor]:
+        """The tensors of one part; a weight that is quantised becomes a plain one of the model's dtype."""
+        stored = checkpoint.linear(name)
+        specs = {spec.suffix: spec for spec in self._method.create_weights(self.in_size, out_size)}
+        weight = stored.dequantize(self.in_size, out_size)
+        if weight is None:
+            return {suffix: stored.take(suffix, spec.shape) for suffix, spec in specs.items()}
+        tensors = {"weight": weight.to(specs["weight"].dtype)}
+        if "bias" in specs or "bias" in stored:
+            bias = stored.take("bias", (out_size,))
+            # AutoGPTQ writes a bias of zeros for every linear that has none.
+            if "bias" in specs or bool(bias.any()):
+                tensors["bias"] = bias
+        return tensors

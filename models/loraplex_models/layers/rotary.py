@@ -138,9 +138,23 @@ def _yarn_attention_scaling(rope: RopeConfig, factor: float) -> float:
     return scale(1.0)
 
 
+def _longrope(rope: RopeConfig, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
+    """LongRoPE (arXiv 2402.13753) up to the original length, where the short factors hold."""
+    factor, original = _number(rope, "factor"), _number(rope, "original_max_position_embeddings")
+    short = rope.parameters.get("short_factor")
+    if not isinstance(short, list) or len(short) != head_dim // 2:
+        raise RopeError(
+            f"rope scaling 'longrope' needs {head_dim // 2} numbers as short_factor; the config has {short}"
+        )
+    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    scaling = default if rope.parameters.get("attention_factor") is None else _number(rope, "attention_factor")
+    return _plain_frequencies(rope.theta, head_dim) / torch.tensor(short, dtype=torch.float32), scaling
+
+
 _SCALINGS: dict[str, Callable[[RopeConfig, int, int], tuple[Tensor, float]]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _longrope,
 }

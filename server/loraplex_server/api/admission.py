@@ -5,7 +5,7 @@ The order of the checks, their bounds and their messages are TGI's.
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -118,15 +118,23 @@ class Admission:
             raise InvalidRequest("`typical_p` must be > 0.0 and < 1.0")
         if job.top_k is not None and job.top_k <= 0:
             raise InvalidRequest("`top_k` must be strictly positive")
+        if job.min_p is not None and not 0 <= job.min_p <= 1:
+            raise InvalidRequest("`min_p` must be >= 0.0 and <= 1.0")
+        if job.count_penalty is not None and not -2 <= job.count_penalty <= 2:
+            raise InvalidRequest("`frequency_penalty` must be >= -2.0 and <= 2.0")
         if job.max_new_tokens == 0:
             raise InvalidRequest("`max_new_tokens` must be strictly positive")
         self._check_stop(job.stop)
+        if job.stop_token_ids:
+            self._check_vocabulary("`stop_token_ids`", job.stop_token_ids)
+        if job.logit_bias:
+            self._check_vocabulary("`logit_bias`", job.logit_bias)
         if several and job.seed is not None:
             raise InvalidRequest("`seed` must not be set when `best_of` > 1")
         max_top_n = self._config.max_top_n_tokens
         if job.top_n_tokens is not None and job.top_n_tokens > max_top_n:
             raise InvalidRequest(f"`top_n_tokens` must be >= 0 and <= {max_top_n}. Given: {job.top_n_tokens}")
-        if not job.prompt:
+        if not (job.prompt or job.prompt_token_ids):
             raise InvalidRequest("`inputs` cannot be empty")
         max_input = self._limits.max_input_tokens
         if job.truncate is not None and not 0 < job.truncate <= max_input:
@@ -148,8 +156,18 @@ class Admission:
                 )
 
     async def _tokenise(self, job: GenerationJob) -> list[int]:
-        token_ids = await self._tokenizer.encode_async(job.prompt)
+        if job.prompt_token_ids is None:
+            token_ids = await self._tokenizer.encode_async(job.prompt, job.add_special_tokens)
+        else:
+            token_ids = list(job.prompt_token_ids)
+            self._check_vocabulary("the prompt", token_ids)
         return token_ids if job.truncate is None else token_ids[-job.truncate :]
+
+    def _check_vocabulary(self, what: str, token_ids: Iterable[int]) -> None:
+        vocab_size = self._limits.vocab_size
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequest(f"{what} has the token id {token_id}; the model's are from 0 to {vocab_size - 1}")
 
     def _grant(self, job: GenerationJob, num_prompt_tokens: int) -> int:
         """How many tokens the job may generate: what it asks for, as far as the server's limit leaves room."""
@@ -177,11 +195,16 @@ class Admission:
             repetition_penalty=1.0 if job.repetition_penalty is None else job.repetition_penalty,
             frequency_penalty=job.frequency_penalty or 0.0,
             presence_penalty=job.presence_penalty or 0.0,
+            count_penalty=job.count_penalty or 0.0,
+            min_p=job.min_p or 0.0,
+            logit_bias=job.logit_bias or {},
+            stop_token_ids=job.stop_token_ids,
             watermark=job.watermark,
             seed=new_seed() if job.seed is None else job.seed,
             ignore_eos=job.ignore_eos,
-            num_logprobs=job.top_n_tokens or 0,
-            prompt_logprobs=job.prompt_logprobs and self._prefill_logprobs,
+            num_logprobs=job.top_n_tokens or job.num_top_logprobs,
+            num_prompt_logprobs=job.num_top_logprobs if job.echo_logprobs else 0,
+            prompt_logprobs=job.echo_logprobs or (job.prompt_logprobs and self._prefill_logprobs),
         )
 
 

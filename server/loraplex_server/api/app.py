@@ -8,7 +8,7 @@ from starlette.routing import Route
 
 from loraplex_server.api.http_errors import handle_http_exception, handle_loraplex_error
 from loraplex_server.api.middleware import ApiKeys, BodyLimit, RequestLog
-from loraplex_server.api.routes import models, service, tgi, tokenize
+from loraplex_server.api.routes import models, openai_chat, openai_completions, platforms, service, tgi, tokenize
 from loraplex_server.api.state import ApiState
 from loraplex_server.errors import LoraplexError
 
@@ -18,6 +18,12 @@ ROUTES = [
     Route("/generate", tgi.generate, methods=["POST"]),
     Route("/generate_stream", tgi.generate_stream, methods=["POST"]),
     Route("/tokenize", tokenize.tokenize, methods=["POST"]),
+    Route("/detokenize", tokenize.detokenize, methods=["POST"]),
+    Route("/chat_tokenize", tokenize.chat_tokenize, methods=["POST"]),
+    Route("/invocations", platforms.invocations, methods=["POST"]),
+    Route("/vertex", platforms.vertex, methods=["POST"]),
+    Route("/v1/chat/completions", openai_chat.chat_completions, methods=["POST"]),
+    Route("/v1/completions", openai_completions.completions, methods=["POST"]),
     Route("/v1/models", models.list_models, methods=["GET"]),
     Route("/v1/models/{model_id:path}", models.get_model, methods=["GET"]),
     Route("/health", service.health, methods=["GET"]),

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,6 +23,11 @@ Body = TypeVar("Body", bound=BaseModel)
 
 async def read_body(request: Request, schema: type[Body]) -> Body:
     """The body as `schema`, or the refusal that says what is wrong with it."""
+    return await read_one_of(request, lambda _: schema)
+
+
+async def read_one_of(request: Request, choose: Callable[[dict[str, Any]], type[Body]]) -> Body:
+    """The body as the schema that `choose` finds for its fields, or the refusal."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not (
         media_type.startswith("application/") and media_type.endswith("+json")
@@ -35,17 +41,16 @@ async def read_body(request: Request, schema: type[Body]) -> Body:
     except ClientDisconnect as error:
         raise InvalidBody("the request's body was cut") from error
     if len(raw) > PARSE_IN_THREAD_BYTES:
-        return await asyncio.to_thread(parse_body, raw, schema)
-    return parse_body(raw, schema)
+        return await asyncio.to_thread(_parse_one_of, raw, choose)
+    return _parse_one_of(raw, choose)
 
 
-def parse_body(raw: bytes, schema: type[Body]) -> Body:
-    """The bytes as `schema`."""
+def _parse_one_of(raw: bytes, choose: Callable[[dict[str, Any]], type[Body]]) -> Body:
     value = _parse(raw)
     if not isinstance(value, dict):
         raise MalformedRequest(f"{_MALFORMED}: expected a JSON object, got {_json_name(value)}")
     try:
-        return schema.model_validate(value)
+        return choose(value).model_validate(value)
     except ValidationError as error:
         raise MalformedRequest(f"{_MALFORMED}: {_first_finding(error)}") from error
 

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loraplex_server.errors import GenerationFailed, InvalidRequest, LoraplexError
+from loraplex_server.errors import GenerationFailed, InvalidRequest, LoraplexError, TemplateFailed
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ STATUS_OF_TYPE = {
     "payload_too_large": 413,
     "unsupported_media_type": 415,
     "validation": 422,
+    "template_error": 422,
     "adapter_invalid": 422,
     "adapter_incompatible": 422,
     "adapter_unsupported": 422,
@@ -40,6 +41,7 @@ TYPE_OF_STATUS = {404: "not_found", 405: "method_not_allowed"}
 # TGI puts these in front of the cause.
 PREFIXES: dict[type[LoraplexError], str] = {
     InvalidRequest: "Input validation error: ",
+    TemplateFailed: "Template error: ",
     GenerationFailed: "Request failed during generation: ",
 }
 RETRY_AFTER_S = {"overloaded": 1, "adapter_unavailable": 5, "healthcheck": 1}
@@ -74,6 +76,12 @@ INTERNAL_ERROR = ErrorBody("internal error; the server's log has the cause under
 def error_body(error: LoraplexError) -> ErrorBody:
     """What a client of the native routes reads, as a body or as the last event of a stream."""
     return ErrorBody(PREFIXES.get(type(error), "") + str(error), error.error_type)
+
+
+def openai_error_body(body: ErrorBody) -> OpenAIErrorBody:
+    """The same as a client of the `/v1` routes reads it."""
+    code = "model_not_found" if body.error_type == "adapter_not_found" else None
+    return OpenAIErrorBody(OpenAIErrorDetail(body.error, body.error_type, None, code), body.error_type)
 
 
 def error_response(error: LoraplexError, path: str) -> Response:
@@ -120,7 +128,5 @@ def internal_error_response(path: str) -> Response:
 def _response(body: ErrorBody, status: int, path: str, headers: dict[str, str]) -> Response:
     content: Any = body
     if path.startswith("/v1/"):
-        code = "model_not_found" if body.error_type == "adapter_not_found" else None
-        detail = OpenAIErrorDetail(body.error, body.error_type, None, code)
-        content = OpenAIErrorBody(detail, body.error_type)
+        content = openai_error_body(body)
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")

@@ -1,6 +1,6 @@
 """GenerationJob (what any dialect asks for) and TextDelta (what it gets back)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
@@ -15,6 +15,8 @@ class GenerationJob:
     """What a client asks for, in no dialect; None is what it left open. Checked by `Admission`."""
 
     prompt: str
+    prompt_token_ids: tuple[int, ...] | None = None  # in place of `prompt`
+    add_special_tokens: bool = True  # a chat template writes them itself
     adapter_id: str | None = None  # None is the base
     stream: bool = False
     best_of: int | None = None
@@ -27,13 +29,19 @@ class GenerationJob:
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
+    count_penalty: float | None = None  # OpenAI's frequency penalty
+    min_p: float | None = None
+    logit_bias: dict[int, float] | None = None
+    stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     truncate: int | None = None
     watermark: bool = False
     top_n_tokens: int | None = None
-    prompt_logprobs: bool = False
+    prompt_logprobs: bool = False  # where the server allows it
+    echo_logprobs: bool = False  # the same, whatever the server's setting, and in streams
+    num_top_logprobs: int = 0  # as `top_n_tokens`, bounded by its dialect; counts for the prompt too, if echoed
     has_grammar: bool = False
 
     @property
@@ -75,6 +83,7 @@ class Completion:
     num_prompt_tokens: int
     num_generated_tokens: int
     prompt_tokens: list[PromptToken]
+    prompt_top_tokens: list[list[Token]] = field(default_factory=list)  # one list a prompt token, where asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

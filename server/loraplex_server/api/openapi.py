@@ -4,15 +4,22 @@ import functools
 from typing import Any
 
 import msgspec
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from loraplex_server.api.http_errors import STATUS_OF_TYPE, ErrorBody, OpenAIErrorBody
 from loraplex_server.api.routes.models import Model, ModelList
+from loraplex_server.api.routes.platforms import Predictions, VertexBody
+from loraplex_server.api.routes.tokenize import ChatTokens, DetokenizedText, TokenCount
+from loraplex_server.api.schemas.openai import ChatBody, CompletionBody, DetokenizeBody
+from loraplex_server.api.schemas.openai_answers import ChatAnswer, ChatChunk, CompletionAnswer
 from loraplex_server.api.schemas.tgi import CompatGenerateBody, GenerateAnswer, GenerateBody, StreamEvent
 from loraplex_server.text.tokenizer import TokenSpan
 
 _REF = "#/components/schemas/{name}"
 _EXAMPLE = {"inputs": "Where is the treasure?", "parameters": {"max_new_tokens": 40}}
+_CHAT_EXAMPLE = {"messages": [{"role": "user", "content": "Where is the treasure?"}], "max_tokens": 40}
+_COMPLETION_EXAMPLE = {"prompt": "Where is the treasure?", "max_tokens": 40}
 _STREAM_NOTE = "One server-sent event a token; an error is an event too."
 # The error types a generation can end with, by status.
 _GENERATION_ERRORS = (400, 401, 404, 413, 415, 422, 424, 429, 500, 503)
@@ -25,7 +32,7 @@ def openapi_document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "loraplex",
-            "description": "One base model, many LoRA adapters, one server. Text Generation Inference's routes.",
+            "description": "One base model, many LoRA adapters, one server. TGI's routes, and OpenAI's.",
             "version": "1",
             "license": {"name": "Apache 2.0", "identifier": "Apache-2.0"},
         },
@@ -52,9 +59,74 @@ def openapi_document() -> dict[str, Any]:
             },
             "/tokenize": {
                 "post": _post(
-                    "The prompt's tokens and their places in the text",
+                    "The tokens of `inputs` and their places in the text. With `prompt` or `messages` instead: the "
+                    "token ids, as vLLM answers.",
                     "GenerateBody",
-                    {"application/json": {"type": "array", "items": _ref("TokenSpan")}},
+                    {
+                        "application/json": {
+                            "anyOf": [{"type": "array", "items": _ref("TokenSpan")}, _ref("TokenCount")]
+                        }
+                    },
+                )
+            },
+            "/detokenize": {
+                "post": _post(
+                    "The text of token ids",
+                    "DetokenizeBody",
+                    {"application/json": _ref("DetokenizedText")},
+                    example={"tokens": [28120, 905]},
+                )
+            },
+            "/chat_tokenize": {
+                "post": _post(
+                    "The prompt that the chat template makes of the messages, and its tokens",
+                    "ChatBody",
+                    {"application/json": _ref("ChatTokens")},
+                    example=_CHAT_EXAMPLE,
+                )
+            },
+            "/v1/chat/completions": {
+                "post": _post(
+                    "Answer a conversation, as OpenAI; `model` is the base, an adapter, or base:adapter",
+                    "ChatBody",
+                    {"application/json": _ref("ChatAnswer"), "text/event-stream": _ref("ChatChunk")},
+                    example=_CHAT_EXAMPLE,
+                    error="OpenAIErrorBody",
+                )
+            },
+            "/v1/completions": {
+                "post": _post(
+                    "Continue one prompt or several, as OpenAI",
+                    "CompletionBody",
+                    {"application/json": _ref("CompletionAnswer"), "text/event-stream": _ref("CompletionAnswer")},
+                    example=_COMPLETION_EXAMPLE,
+                    error="OpenAIErrorBody",
+                )
+            },
+            "/invocations": {
+                "post": _post(
+                    "SageMaker's route: a body of POST /, of chat or of completions, and that route's answer",
+                    "CompatGenerateBody",
+                    {
+                        "application/json": {
+                            "anyOf": [
+                                {"type": "array", "items": _ref("GenerateAnswer")},
+                                _ref("ChatAnswer"),
+                                _ref("CompletionAnswer"),
+                            ]
+                        },
+                        "text/event-stream": {
+                            "anyOf": [_ref("StreamEvent"), _ref("ChatChunk"), _ref("CompletionAnswer")]
+                        },
+                    },
+                )
+            },
+            "/vertex": {
+                "post": _post(
+                    "Vertex AI's route: a text for each instance",
+                    "VertexBody",
+                    {"application/json": _ref("Predictions")},
+                    example={"instances": [_EXAMPLE]},
                 )
             },
             "/v1/models": {"get": _get("The base model, then the adapters", _ref("ModelList"))},
@@ -75,10 +147,21 @@ def openapi_document() -> dict[str, Any]:
 
 
 def _component_schemas() -> dict[str, Any]:
-    _, bodies = models_json_schema(
-        [(GenerateBody, "validation"), (CompatGenerateBody, "validation")], ref_template=_REF.format(name="{model}")
+    schemas: tuple[type[BaseModel], ...] = (
+        GenerateBody,
+        CompatGenerateBody,
+        ChatBody,
+        CompletionBody,
+        DetokenizeBody,
+        VertexBody,
     )
-    answers = [GenerateAnswer, StreamEvent, ModelList, Model, ErrorBody, OpenAIErrorBody, list[TokenSpan]]
+    _, bodies = models_json_schema(
+        [(schema, "validation") for schema in schemas], ref_template=_REF.format(name="{model}")
+    )
+    answers = [
+        *(GenerateAnswer, StreamEvent, ModelList, Model, ErrorBody, OpenAIErrorBody, list[TokenSpan]),
+        *(ChatAnswer, ChatChunk, CompletionAnswer, TokenCount, DetokenizedText, ChatTokens, Predictions),
+    ]
     _, structs = msgspec.json.schema_components(answers, ref_template=_REF)
     return {**bodies["$defs"], **structs}
 
@@ -97,19 +180,26 @@ def _errors(statuses: tuple[int, ...], schema: str) -> dict[str, Any]:
     }
 
 
-def _post(summary: str, body: str, answers: dict[str, Any]) -> dict[str, Any]:
+def _post(
+    summary: str,
+    body: str,
+    answers: dict[str, Any],
+    *,
+    example: dict[str, Any] = _EXAMPLE,
+    error: str = "ErrorBody",
+) -> dict[str, Any]:
     return {
         "summary": summary,
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": _ref(body), "example": _EXAMPLE}},
+            "content": {"application/json": {"schema": _ref(body), "example": example}},
         },
         "responses": {
             "200": {
                 "description": "the answer",
                 "content": {media_type: {"schema": schema} for media_type, schema in answers.items()},
             },
-            **_errors(_GENERATION_ERRORS, "ErrorBody"),
+            **_errors(_GENERATION_ERRORS, error),
         },
         "security": [{"key": []}],
     }

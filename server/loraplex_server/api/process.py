@@ -23,6 +23,7 @@ from loraplex_server.control import ControlLine
 from loraplex_server.errors import GenerationFailed, LoraplexError
 from loraplex_server.link import ApiLink
 from loraplex_server.metrics import Metrics
+from loraplex_server.text.chat_template import ChatTemplate, ChatTemplateError
 from loraplex_server.text.tokenizer import Tokenizer, TokenizerError
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,15 @@ def listen(config: ApiConfig) -> socket.socket:
         raise BindError(f"cannot listen on {where}: {_bind_problem(error)}") from None
     listener.setblocking(False)
     return listener
+
+
+def _load_chat_template(folder: str, tokenizer_config_path: str | None) -> ChatTemplate | None:
+    try:
+        return ChatTemplate.load(folder, tokenizer_config_path)
+    except ChatTemplateError as error:
+        # Every route but chat serves without it, and chat says that there is none.
+        logger.warning("no chat: %s", error)
+        return None
 
 
 def _bind_problem(error: Exception) -> str:
@@ -160,10 +170,12 @@ class _ApiProcess:
         tokenizer = await asyncio.to_thread(
             Tokenizer.load, engine.model_path, api.validation_workers, api.tokenizer_config_path
         )
+        chat_template = await asyncio.to_thread(_load_chat_template, engine.model_path, api.tokenizer_config_path)
         limits = await self._client.ready()
         self._metrics.set_limits(limits)
         admission = Admission(api, limits, tokenizer, self._registry, prefill_logprobs=engine.enable_prefill_logprobs)
-        self._state.start_serving(Serving(Generator(admission, self._client, tokenizer, self._metrics), limits))
+        generator = Generator(admission, self._client, tokenizer, self._metrics)
+        self._state.start_serving(Serving(generator, limits, chat_template))
         self._control.send("ready", port=self._port)
 
     def _starting_ended(self, task: asyncio.Task[None]) -> None:

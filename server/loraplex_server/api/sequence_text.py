@@ -23,6 +23,7 @@ class SequenceText:
         self._pieces: list[str] = []
         self._num_tokens = 0
         self._prompt_logprobs: list[float | None] | None = None
+        self._prompt_top_logprobs: list[list[TopLogprob]] = []
 
     def feed(self, output: TokenOutput) -> TextDelta:
         """The tokens of one output; those behind a stop string are left out."""
@@ -30,6 +31,7 @@ class SequenceText:
             raise GenerationFailed(output.error or "the engine gave no reason")
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = output.prompt_logprobs
+            self._prompt_top_logprobs = output.prompt_top_logprobs
         tokens: list[Token] = []
         reason: StopReason | None = None
         last = len(output.token_ids) - 1
@@ -85,6 +87,7 @@ class SequenceText:
             num_prompt_tokens=len(self._prompt_token_ids),
             num_generated_tokens=self._num_tokens,
             prompt_tokens=self._prompt_tokens(),
+            prompt_top_tokens=[self._top_tokens(top) for top in self._prompt_top_logprobs],
         )
 
     def _prompt_tokens(self) -> list[PromptToken]:

@@ -9,6 +9,7 @@ from loraplex_server.config import ServeConfig
 from loraplex_server.errors import NotReady
 from loraplex_server.messages import EngineReady
 from loraplex_server.metrics import Metrics
+from loraplex_server.text.chat_template import ChatTemplate
 
 # A request that comes before the engine is ready is held back so long, for clients that retry a 503 at once.
 HOLD_BACK_S = 1.0
@@ -17,11 +18,12 @@ HOLD_BACK_S = 1.0
 class Serving:
     """All that a ready server has."""
 
-    __slots__ = ("generator", "limits")
+    __slots__ = ("chat_template", "generator", "limits")
 
-    def __init__(self, generator: Generator, limits: EngineReady):
+    def __init__(self, generator: Generator, limits: EngineReady, chat_template: ChatTemplate | None = None):
         self.generator = generator
         self.limits = limits
+        self.chat_template = chat_template  # None: the model has none that can be used
 
 
 class ApiState:

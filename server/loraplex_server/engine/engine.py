@@ -2,6 +2,8 @@
 
 import time
 
+import msgspec
+
 from loraplex_server.config import EngineConfig
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.block_manager import BlockManager
@@ -72,6 +74,10 @@ class Engine:
         """Forget an adapter version; sequences that use it go on to their end."""
         self.adapters.forget(digest)
 
+    def close(self) -> None:
+        """Stop the ranks and their threads; no step may follow."""
+        self._executor.close()
+
     def step(self) -> StepOutput | None:
         """Plan, execute, advance. None when nothing could run and there is nothing to say."""
         for load in self._executor.finished_loads():
@@ -96,6 +102,7 @@ class Engine:
                 logprobs = sequences[planned.row].prompt_logprobs
                 assert logprobs is not None, "targets were planned for a sequence that wants none"
                 logprobs += result.rows[planned.row].target_logprobs
+                sequences[planned.row].prompt_top_logprobs += result.rows[planned.row].target_top_logprobs
         token_ids = {row: r.token_id for row, r in result.rows.items() if r.token_id is not None}
         rows = {id(sequence): row for row, sequence in sequences.items()}
         progress = self.scheduler.advance(plan, token_ids)
@@ -109,25 +116,25 @@ class Engine:
             return TokenOutput(
                 request_id=sequence.request_id, finish_reason=progress.finish_reason, error=progress.error
             )
-        if sequence.num_output_tokens > 1:
-            return TokenOutput(
-                request_id=sequence.request_id,
-                token_ids=[progress.token_id],
-                logprobs=[result.logprob],
-                top_logprobs=[result.top_logprobs] if result.top_logprobs else [],
-                finish_reason=progress.finish_reason,
-            )
-        self._stats.count_start(sequence)
-        prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
-        waited = (sequence.first_run_time or 0.0) - sequence.request.arrival_time
-        return TokenOutput(
+        output = TokenOutput(
             request_id=sequence.request_id,
             token_ids=[progress.token_id],
             logprobs=[result.logprob],
             top_logprobs=[result.top_logprobs] if result.top_logprobs else [],
             finish_reason=progress.finish_reason,
+        )
+        return output if sequence.num_output_tokens > 1 else self._with_first_words(output, sequence)
+
+    def _with_first_words(self, output: TokenOutput, sequence: Sequence) -> TokenOutput:
+        """Add what comes once, with a request's first token."""
+        self._stats.count_start(sequence)
+        prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        waited = (sequence.first_run_time or 0.0) - sequence.request.arrival_time
+        return msgspec.structs.replace(
+            output,
             num_cached_tokens=sequence.num_cached_tokens,
             prompt_logprobs=prompt_logprobs,
+            prompt_top_logprobs=sequence.prompt_top_logprobs if prompt_logprobs is not None else [],
             queue_time_s=max(waited, 0.0),
         )
 

@@ -1,7 +1,8 @@
 """What a request's parameters do to its scores: penalties, watermark and cuts, as operations on rows of a batch.
 
 Scores are float32, [rows, vocab], and changed in place; a parameter has one value a row. The order is TGI's:
-watermark, repetition, frequency, presence, (grammar,) temperature, top_k, top_p, min_p, typical_p.
+watermark, repetition, frequency, presence, (grammar,) temperature, top_k, top_p, min_p, typical_p. Of OpenAI's,
+logit_bias comes before all of them and its frequency penalty, here `count`, behind presence.
 On the CPU sorting and argmax go through numpy, whose AVX kernels are 10 to 25 times faster than torch's here.
 """
 
@@ -52,13 +53,15 @@ def penalise(
     repetition: Tensor,
     frequency: Tensor,
     presence: Tensor,
+    count: Tensor | None = None,
 ) -> None:
     """Make tokens that were there before less likely, by three penalties one after the other.
 
     token_ids: [rows, longest] int64, prompt and output, of which `lengths` [rows] count, at least 1, and the first
     `prompt_lengths` are the prompt; what stands behind is not read. Repetition divides positive scores of all
     ids seen and multiplies negative ones; frequency subtracts penalty · count / length, as TGI; presence
-    subtracts the penalty once for each id in the output, as OpenAI.
+    subtracts the penalty once for each id in the output, as OpenAI; count, OpenAI's frequency penalty, subtracts
+    the penalty once for each time the id is in the output, and is absent where no row has one.
     """
     columns = torch.arange(token_ids.shape[1], device=token_ids.device)
     is_token = columns < lengths[:, None]
@@ -76,6 +79,10 @@ def penalise(
     has_output = lengths > prompt_lengths
     output_ids = torch.where(columns >= prompt_lengths[:, None], ids, last)
     scores.scatter_(1, output_ids, scores.gather(1, output_ids) - (presence * has_output)[:, None])
+
+    if count is not None:
+        is_output = is_token & (columns >= prompt_lengths[:, None])
+        scores.scatter_add_(1, ids, -count[:, None] * is_output)
 
 
 def keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> None:

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import psutil
-
 from loraplex_models.config import ModelConfig
 from loraplex_server.config import EngineConfig
+from loraplex_server.machine import look_at_machine
 
 
 class NotEnoughMemory(RuntimeError):
@@ -39,7 +38,7 @@ def settle_limits(config: EngineConfig, model: ModelConfig, kv_bytes_per_block: 
     elif config.max_batch_total_tokens:
         num_blocks = -(-config.max_batch_total_tokens // size)
     else:
-        free_bytes = int(psutil.virtual_memory().available * config.kv_memory_fraction)
+        free_bytes = int(look_at_machine().memory_bytes * config.kv_memory_fraction)
         num_blocks = min(free_bytes // kv_bytes_per_block, most_blocks)
     capacity = num_blocks * size
     if config.max_total_tokens and capacity < max_total:

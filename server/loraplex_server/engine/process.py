@@ -3,6 +3,7 @@
 import logging
 import signal
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -24,7 +25,6 @@ from loraplex_server.engine.worker import Worker
 from loraplex_server.link import EngineLink
 from loraplex_server.messages import (
     AbortRequest,
-    AdapterSpec,
     EngineReady,
     GenerateRequest,
     LoadAdapter,
@@ -92,6 +92,19 @@ def resolve_dtype(name: str, checkpoint_dtype: str) -> torch.dtype:
     return DTYPES[checkpoint_dtype if name == "auto" else name]
 
 
+def load_base_model(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> CausalLM:
+    """The base model with its weights; `progress` is told the bytes done and the bytes in all."""
+    return load_model(
+        config.model_path,
+        dtype=resolve_dtype(config.dtype, read_config(config.model_path).dtype),
+        device=torch.device(resolve_device(config.device)),
+        group=ParallelGroup.single(),
+        rope_scaling=config.rope_scaling,
+        rope_factor=config.rope_factor,
+        progress=progress,
+    )
+
+
 def run(config: ServeConfig, control: ControlLine) -> int:
     """The life of an engine process; returns its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor stops us in order
@@ -110,18 +123,8 @@ def run(config: ServeConfig, control: ControlLine) -> int:
     except (MemoryError, torch.OutOfMemoryError) as error:
         control.send("failed", error=f"out of memory while loading: {error}; try a smaller model or a shorter dtype")
         return 1
-    for source in config.engine.adapters.sources:
-        engine.load_adapter(
-            AdapterSpec(
-                adapter_id=source.adapter_id,
-                digest=source.digest,
-                path=source.path,
-                rank=source.rank,
-                num_bytes=source.num_bytes,
-                source=source.source,
-                revision=source.revision,
-            )
-        )
+    for spec in config.engine.adapters.sources:
+        engine.load_adapter(spec)
     link = EngineLink(config.link_address)
     link.send(_ready(config.engine, model, limits))
     control.send("ready", report=_capacity_report(config.engine, model, limits))
@@ -143,15 +146,7 @@ def _load(config: EngineConfig, control: ControlLine) -> CausalLM:
             _answer_pings(control)
             control.send("progress", phase="loading weights", done=done, total=total)
 
-    return load_model(
-        config.model_path,
-        dtype=resolve_dtype(config.dtype, read_config(config.model_path).dtype),
-        device=torch.device(resolve_device(config.device)),
-        group=ParallelGroup.single(),
-        rope_scaling=config.rope_scaling,
-        rope_factor=config.rope_factor,
-        progress=progress,
-    )
+    return load_base_model(config, progress)
 
 
 def _warm_up(engine: Engine, model: CausalLM) -> None:

@@ -45,6 +45,16 @@ class _Penalties:
     repetition: Tensor
     frequency: Tensor
     presence: Tensor
+    count: Tensor | None  # absent where all are 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Bias:
+    """What is added to single scores of a batch; one value each."""
+
+    positions: Tensor  # into the batch
+    token_ids: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +84,7 @@ class _Batch:
     row_index: NDArray[np.int64]
     watermarked: list[int]  # positions in the batch
     penalties: _Penalties | None
+    bias: _Bias | None
     draws: _Draws | None
     remembered: list[int]  # positions of the rows whose tokens are kept for penalties or watermark
     top_counts: dict[int, int]  # position → number of likely tokens to report
@@ -86,7 +97,7 @@ class _Batch:
     @property
     def changes_scores(self) -> bool:
         """Whether anything beside greedy rows as they come is in the batch."""
-        return bool(self.watermarked or self.penalties or self.draws)
+        return bool(self.watermarked or self.penalties or self.bias or self.draws)
 
 
 class Sampler:
@@ -183,8 +194,19 @@ class Sampler:
             values += logprobs.gather(1, targets[part])[:, 0].tolist()
         return values
 
+    def prompt_top_logprobs(self, logits: Tensor, row: int) -> list[list[TopLogprob]]:
+        """The likeliest tokens of each line of raw logits, as many as the row's sequence asks for in its prompt."""
+        number = self._params_of(row).num_prompt_logprobs
+        found: list[list[TopLogprob]] = []
+        for start in range(0, len(logits) if number else 0, _PROMPT_LOGPROB_ROWS):
+            logprobs = logits[start : start + _PROMPT_LOGPROB_ROWS].float().log_softmax(dim=1)
+            found += _top_logprobs(logprobs, dict.fromkeys(range(len(logprobs)), number))
+        return found
+
     def _look_back(self, scores: Tensor, batch: _Batch) -> None:
-        """Watermark and penalties, in place."""
+        """Bias, watermark and penalties, in place."""
+        if batch.bias:
+            scores.index_put_((batch.bias.positions, batch.bias.token_ids), batch.bias.values, accumulate=True)
         if batch.watermarked:
             rows = batch.row_index[batch.watermarked]
             previous = self._history[self._index(rows), self._index(self._num_tokens[rows] - 1)].tolist()
@@ -203,6 +225,7 @@ class Sampler:
                 batch.penalties.repetition,
                 batch.penalties.frequency,
                 batch.penalties.presence,
+                batch.penalties.count,
             )
             scores[batch.penalties.index] = part
 
@@ -258,6 +281,7 @@ class Sampler:
             row_index=row_index,
             watermarked=[i for i, p in enumerate(params) if p.watermark],
             penalties=self._gather_penalties(penalised, row_index, params) if penalised else None,
+            bias=self._gather_bias(params) if any(p.logit_bias for p in params) else None,
             draws=self._gather_draws(sampled, row_index, params) if sampled else None,
             remembered=[i for i, p in enumerate(params) if _looks_back(p)],
             top_counts={i: p.num_logprobs for i, p in enumerate(params) if p.num_logprobs},
@@ -275,7 +299,13 @@ class Sampler:
             repetition=self._floats([p.repetition_penalty for p in some]),
             frequency=self._floats([p.frequency_penalty for p in some]),
             presence=self._floats([p.presence_penalty for p in some]),
+            count=self._floats([p.count_penalty for p in some]) if any(p.count_penalty for p in some) else None,
         )
+
+    def _gather_bias(self, params: list[SamplingParams]) -> _Bias:
+        entries = [(i, token_id, value) for i, p in enumerate(params) for token_id, value in p.logit_bias.items()]
+        positions, token_ids, values = zip(*entries, strict=True)
+        return _Bias(self._ints([*positions]), self._ints([*token_ids]), self._floats([*values]))
 
     def _gather_draws(self, positions: list[int], row_index: NDArray[np.int64], params: list[SamplingParams]) -> _Draws:
         some = [params[i] for i in positions]
@@ -321,7 +351,12 @@ class Sampler:
 
 
 def _has_penalty(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
+    return (
+        params.repetition_penalty != 1
+        or params.frequency_penalty != 0
+        or params.presence_penalty != 0
+        or params.count_penalty != 0
+    )
 
 
 def _looks_back(params: SamplingParams) -> bool:

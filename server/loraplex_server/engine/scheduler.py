@@ -239,6 +239,7 @@ class Scheduler:
         sequence.num_computed_tokens = 0
         if sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs = [None]
+            sequence.prompt_top_logprobs = sequence.prompt_top_logprobs[:1]
         self.waiting.append(sequence)
         self.waiting.sort(key=lambda s: s.order)
         self.num_preemptions += 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from loraplex_server.engine.block_manager import hash_block, root_hash
-from loraplex_server.messages import GenerateRequest
+from loraplex_server.messages import GenerateRequest, TopLogprob
 
 
 class Status(Enum):
@@ -40,6 +40,7 @@ class Sequence:
     first_run_time: float | None = None
     times_overtaken: int = 0
     prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[list[TopLogprob]] = field(default_factory=list)
 
     @property
     def request_id(self) -> str:
@@ -77,4 +78,5 @@ def new_sequence(request: GenerateRequest, order: int) -> Sequence:
         token_ids=list(request.prompt_token_ids),
         num_prompt_tokens=len(request.prompt_token_ids),
         prompt_logprobs=[None] if request.sampling.prompt_logprobs else None,
+        prompt_top_logprobs=[[]] if request.sampling.num_prompt_logprobs else [],
     )

@@ -24,6 +24,7 @@ class RowResult:
     logprob: float = 0.0
     top_logprobs: list[TopLogprob] = field(default_factory=list)
     target_logprobs: list[float] = field(default_factory=list)
+    target_top_logprobs: list[list[TopLogprob]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +94,27 @@ class Worker:
         sampling_rows: list[int] = []
         sampling_lines: list[int] = []
         targets: dict[int, list[float]] = {}
+        target_tops: dict[int, list[list[TopLogprob]]] = {}
         line = 0
         for sequence in plan.sequences:
             count = len(sequence.token_ids) if sequence.target_ids else int(sequence.samples)
             if sequence.target_ids:
                 wanted = logits[line : line + len(sequence.target_ids)]
                 targets[sequence.row] = self._sampler.prompt_logprobs(wanted, sequence.target_ids)
+                target_tops[sequence.row] = self._sampler.prompt_top_logprobs(wanted, sequence.row)
             line += count
             if sequence.samples:
                 sampling_rows.append(sequence.row)
                 sampling_lines.append(line - 1)
-        results = {row: RowResult(target_logprobs=values) for row, values in targets.items()}
+        results = {
+            row: RowResult(target_logprobs=values, target_top_logprobs=target_tops[row])
+            for row, values in targets.items()
+        }
         if sampling_rows:
             chosen = logits if len(sampling_lines) == len(logits) else logits[sampling_lines]
             sampled = self._sampler.sample(chosen, sampling_rows)
             for row, token_id, logprob, top in zip(
                 sampling_rows, sampled.token_ids, sampled.logprobs, sampled.top_logprobs, strict=True
             ):
-                results[row] = RowResult(token_id, logprob, top, targets.get(row, []))
+                results[row] = RowResult(token_id, logprob, top, targets.get(row, []), target_tops.get(row, []))
         return results

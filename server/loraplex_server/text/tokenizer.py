@@ -133,19 +133,21 @@ class Tokenizer:
         """`encode` in the tokenizer's own threads."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self.encode, text, add_special_tokens)
 
-    def _encode_spans(self, text: str) -> list[TokenSpan]:
-        encoding = self._encode(text, True, with_offsets=True)
+    def _encode_spans(self, text: str, add_special_tokens: bool) -> list[TokenSpan]:
+        encoding = self._encode(text, add_special_tokens, with_offsets=True)
         return [
             TokenSpan(token_id, text[start:stop], start, stop)
             for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
         ]
 
-    async def encode_with_offsets(self, text: str) -> list[TokenSpan]:
-        """The tokens of a text, special ones added, each with its place in the text, counted in characters.
+    async def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
+        """The tokens of a text, each with its place in the text, counted in characters.
 
         Tokens that are parts of one character all have the whole character.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode_spans, text)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._encode_spans, text, add_special_tokens
+        )
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids outside the vocabulary are left out."""
@@ -154,6 +156,15 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """The text of one token by itself, also of a special one."""
         return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token by itself, with the space in front that some decoders take from a first token."""
+        token = self._tokenizer.id_to_token(token_id) or ""
+        if self._is_byte_level:
+            return token.encode() if self.is_special(token_id) else self._token_bytes(token_id)
+        if self._is_byte(token_id):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token is one that text output leaves out."""

@@ -1,7 +1,7 @@
 """A server for tests: the real app and EngineClient over a link to an engine that follows a script."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,10 @@ from loraplex_server.api.app import build_app
 from loraplex_server.api.client import EngineClient
 from loraplex_server.api.generation import Generator
 from loraplex_server.api.state import ApiState, Serving
-from loraplex_server.config import AdapterConfig, AdapterSource, ApiConfig, EngineConfig, ServeConfig
+from loraplex_server.config import AdapterConfig, ApiConfig, EngineConfig, ServeConfig
 from loraplex_server.messages import (
     AbortRequest,
+    AdapterSpec,
     EngineReady,
     EngineStats,
     FromEngine,
@@ -28,6 +29,7 @@ from loraplex_server.messages import (
     TopLogprob,
 )
 from loraplex_server.metrics import Metrics
+from loraplex_server.text.chat_template import ChatTemplate
 from loraplex_server.text.detokenizer import ByteLevelDetokenizer
 from loraplex_server.text.tokenizer import TokenSpan
 
@@ -50,8 +52,15 @@ READY = EngineReady(
 )
 
 
-def adapter_source(adapter_id: str) -> AdapterSource:
-    return AdapterSource(
+# The prompts of tests are short, and so is what this makes of a conversation.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no such role') }}{% endif %}"
+    "{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}{{ suffix }}"
+)
+
+
+def adapter_source(adapter_id: str) -> AdapterSpec:
+    return AdapterSpec(
         adapter_id=adapter_id, path=f"/nowhere/{adapter_id}", digest=f"d-{adapter_id}", rank=8, num_bytes=1
     )
 
@@ -67,11 +76,20 @@ class ByteTokenizer:
     async def encode_async(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.encode(text, add_special_tokens)
 
-    async def encode_with_offsets(self, text: str) -> list[TokenSpan]:
-        return [TokenSpan(BOS, "", 0, 0)] + [TokenSpan(ord(c), c, i, i + 1) for i, c in enumerate(text)]
+    async def encode_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[TokenSpan]:
+        return [TokenSpan(BOS, "", 0, 0)] * add_special_tokens + [
+            TokenSpan(ord(c), c, i, i + 1) for i, c in enumerate(text)
+        ]
 
     def token_text(self, token_id: int) -> str:
         return SPELLINGS.get(token_id) or bytes([token_id]).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return SPELLINGS[token_id].encode() if token_id in SPELLINGS else bytes([token_id])
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        shown = [one for one in token_ids if not (skip_special_tokens and self.is_special(one))]
+        return b"".join(map(self.token_bytes, shown)).decode(errors="replace")
 
     def is_special(self, token_id: int) -> bool:
         return token_id in (BOS, EOS)
@@ -154,6 +172,7 @@ class ScriptedEngine:
                     if is_last or is_end
                     else None,
                     prompt_logprobs=self._prompt(request) if sampling.prompt_logprobs and i == 0 else None,
+                    prompt_top_logprobs=self._prompt_tops(request) if sampling.num_prompt_logprobs and i == 0 else [],
                     queue_time_s=0.001 if i == 0 else None,
                 )
             )
@@ -166,6 +185,10 @@ class ScriptedEngine:
     @staticmethod
     def _prompt(request: GenerateRequest) -> list[float | None]:
         return [None, *(-1.0 for _ in request.prompt_token_ids[1:])]
+
+    @staticmethod
+    def _prompt_tops(request: GenerateRequest) -> list[list[TopLogprob]]:
+        return [[], *([TopLogprob(ord("t"), -0.5)] for _ in request.prompt_token_ids[1:])]
 
     def _step(self, output: TokenOutput) -> None:
         stats = EngineStats(num_running=self.num_running, num_kv_blocks=40, num_generated_tokens=len(output.token_ids))
@@ -205,6 +228,7 @@ async def api_server(
     is_ready: bool = True,
     limits: EngineReady = READY,
     prefill_logprobs: bool = False,
+    chat_template: str | None = CHAT_TEMPLATE,
     adapters: tuple[str, ...] = ("pirate", "json"),
     **api_settings: Any,
 ) -> AsyncIterator[TestServer]:
@@ -225,7 +249,9 @@ async def api_server(
         metrics.set_limits(limits)
         tokenizer: Any = ByteTokenizer()
         admission = Admission(config.api, limits, tokenizer, registry, prefill_logprobs=prefill_logprobs)
-        state.start_serving(Serving(Generator(admission, client, tokenizer, metrics), limits))
+        generator = Generator(admission, client, tokenizer, metrics)
+        template = ChatTemplate(chat_template, {"eos_token": ";"}) if chat_template else None
+        state.start_serving(Serving(generator, limits, template))
     app = build_app(state)
     async with (
         _transport(app, live) as (transport, base_url),

@@ -57,6 +57,31 @@ def test_a_cached_head_does_not_take_a_prompts_logprobs_away(world: tuple[Engine
     assert bench.outputs["hits the cache"][0].num_cached_tokens == len(PROMPT) // BLOCK_SIZE * BLOCK_SIZE
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_the_likeliest_tokens_in_a_prompts_places_are_those_of_the_model(
+    world: tuple[EngineBench, Truth], chunk: int
+) -> None:
+    bench, truth = world
+    bench.start(block_size=BLOCK_SIZE, max_batch_prefill_tokens=chunk)
+    bench.add("it", PROMPT, "a", prompt_logprobs=True, num_prompt_logprobs=NUM_LIKELY, max_new_tokens=2)
+    bench.add("beside it", PROMPT, "a", prompt_logprobs=True)
+    bench.run()
+    first, second = bench.outputs["it"]
+    assert second.prompt_top_logprobs == [] == bench.outputs["beside it"][0].prompt_top_logprobs
+    assert first.prompt_top_logprobs[0] == []
+    scores = truth.logprobs("a", PROMPT)
+    assert len(first.prompt_top_logprobs) == len(PROMPT)
+    for place, top in enumerate(first.prompt_top_logprobs[1:]):
+        values, token_ids = scores[place].topk(NUM_LIKELY)
+        assert [entry.token_id for entry in top] == token_ids.tolist()
+        assert [entry.logprob for entry in top] == pytest.approx(values.tolist(), abs=TOLERANCE)
+    for logprob, token_id, top in zip(
+        first.prompt_logprobs[1:], PROMPT[1:], first.prompt_top_logprobs[1:], strict=True
+    ):
+        same = [entry.logprob for entry in top if entry.token_id == token_id]
+        assert same in ([], [logprob])  # the very same number in both places
+
+
 def test_a_prompt_of_one_token_has_one_unknown_logprob(world: tuple[EngineBench, Truth]) -> None:
     bench, _ = world
     bench.start()

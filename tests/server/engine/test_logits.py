@@ -77,7 +77,7 @@ def test_a_cut_always_leaves_the_best_token():
     assert scores.gather(1, best[:, None]).isfinite().all()
 
 
-def penalise(scores, token_ids, *, prompt_lengths=None, repetition=1.0, frequency=0.0, presence=0.0):
+def penalise(scores, token_ids, *, prompt_lengths=None, repetition=1.0, frequency=0.0, presence=0.0, count=None):
     lengths = [len(ids) for ids in token_ids]
     junk = 3  # what stands behind a row's tokens is not read
     padded = torch.full((len(token_ids), max(lengths)), junk)
@@ -92,6 +92,7 @@ def penalise(scores, token_ids, *, prompt_lengths=None, repetition=1.0, frequenc
         repetition * per_row,
         frequency * per_row,
         presence * per_row,
+        None if count is None else count * per_row,
     )
 
 
@@ -124,6 +125,16 @@ def test_presence_penalty_counts_each_output_token_once_and_no_prompt_token(scor
         for token_id in set(ids[prompt_length:]):
             expected[row, token_id] -= 1.5
     penalise(scores, TOKEN_IDS, prompt_lengths=prompt_lengths, presence=1.5)
+    torch.testing.assert_close(scores, expected)
+
+
+@pytest.mark.parametrize("penalty", [-2.0, 0.7])
+def test_openais_frequency_penalty_counts_each_output_token_and_no_prompt_token(scores, penalty):
+    prompt_lengths = [1, 1, 3, 50, 10, 2]
+    expected = scores.clone()
+    for row, (ids, prompt_length) in enumerate(zip(TOKEN_IDS, prompt_lengths, strict=True)):
+        expected[row] -= penalty * torch.bincount(torch.tensor(ids[prompt_length:]).long(), minlength=VOCAB)
+    penalise(scores, TOKEN_IDS, prompt_lengths=prompt_lengths, count=penalty)
     torch.testing.assert_close(scores, expected)
 
 

@@ -6,6 +6,7 @@ import pytest
 from loraplex_server.config import EngineConfig
 from loraplex_server.engine import memory
 from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_limits
+from loraplex_server.machine import Machine
 
 BLOCK_BYTES = 1000
 
@@ -16,7 +17,7 @@ def settle(max_positions: int = 1024, **settings: Any) -> Limits:
 
 
 def free_memory(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=num_bytes))
+    monkeypatch.setattr(memory, "look_at_machine", lambda: Machine(num_cores=1, memory_bytes=num_bytes))
 
 
 def test_the_cache_takes_its_share_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

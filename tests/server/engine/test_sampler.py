@@ -113,9 +113,13 @@ def test_an_empty_batch_gives_nothing():
 # The processed scores, all parameters together
 
 
-def processed_by_transformers(params: SamplingParams, token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities after transformers' own processors in TGI's order."""
+def processed_by_transformers(
+    params: SamplingParams, token_ids: list[int], num_prompt: int, logits: torch.Tensor
+) -> torch.Tensor:
+    """Log-probabilities after transformers' own processors in TGI's order, OpenAI's before and behind them."""
     ids, scores = torch.tensor([token_ids]), logits[None].float()
+    for token_id, bias in params.logit_bias.items():
+        scores[0, token_id] += bias
     chain = []
     if params.watermark:
         chain.append(reference.WatermarkLogitsProcessor(VOCAB, "cpu", greenlist_ratio=GAMMA, bias=DELTA))
@@ -124,6 +128,7 @@ def processed_by_transformers(params: SamplingParams, token_ids: list[int], logi
         scores = processor(ids, scores)
     counts = torch.bincount(ids[0], minlength=VOCAB)
     scores = scores - params.frequency_penalty * counts / len(token_ids)
+    scores = scores - params.count_penalty * torch.bincount(ids[0, num_prompt:], minlength=VOCAB)
     warpers = []
     if params.do_sample:
         warpers.append(reference.TemperatureLogitsWarper(params.temperature))
@@ -157,6 +162,8 @@ def test_every_mix_of_parameters_gives_the_distribution_of_transformers_processo
             min_p=choose.choice([0.0, 0.0, 0.05]),
             repetition_penalty=choose.choice([1.0, 1.0, 0.8, 1.4]),
             frequency_penalty=choose.choice([0.0, 0.0, -1.5, 2.0]),
+            count_penalty=choose.choice([0.0, 0.0, -1.5, 2.0]),
+            logit_bias=choose.choice([{}, {}, {3: 5.0, VOCAB - 1: -100.0}]),
             watermark=choose.random() < 0.2,
             seed=row,
             num_logprobs=VOCAB,
@@ -164,12 +171,15 @@ def test_every_mix_of_parameters_gives_the_distribution_of_transformers_processo
         sequences.append([choose.randrange(VOCAB) for _ in range(choose.randint(1, 30))])
         all_params.append(params)
         sampler.add(row, params, sequences[row])
+    num_prompts = [len(sequence) for sequence in sequences]
     for step in range(4):
         rows = list(range(num_rows)) if step % 2 else choose.sample(range(num_rows), num_rows // 2)
         logits = random_logits(len(rows), seed=step)
         result = sampler.sample(logits, rows)
         for position, row in enumerate(rows):
-            expected = processed_by_transformers(all_params[row], sequences[row], logits[position])
+            expected = processed_by_transformers(
+                all_params[row], sequences[row], num_prompts[row], logits[position].clone()
+            )
             actual = torch.full((VOCAB,), -torch.inf)
             for top in result.top_logprobs[position]:
                 actual[top.token_id] = top.logprob

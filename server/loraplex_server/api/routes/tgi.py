@@ -42,7 +42,11 @@ async def generate_stream(request: Request) -> Response:
 
 async def compat_generate(request: Request) -> Response:
     """POST /: a list of one answer, or a stream; the prompt stands in front of the text unless the client objects."""
-    body = await read_body(request, CompatGenerateBody)
+    return await answer_compat(request, await read_body(request, CompatGenerateBody))
+
+
+async def answer_compat(request: Request, body: CompatGenerateBody) -> Response:
+    """The answer of POST / to a body that was read."""
     full_text = body.wants_full_text(default=True)
     if body.stream:
         return await _stream(request, body, full_text=full_text)

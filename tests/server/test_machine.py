@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.machine import look_at_machine, quota_cores
+from loraplex_server.machine import look_at_machine, quota_cores
 
 
 @pytest.mark.parametrize(

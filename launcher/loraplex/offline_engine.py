@@ -1,0 +1,101 @@
+"""The engine in the caller's own process, stepped by the caller: what `LLM` runs on."""
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from loraplex.completion import OpenCompletion
+from loraplex.flags import Settings, openmp_variables
+from loraplex.launch_error import LaunchError
+from loraplex.plan import check_served, make_plan
+from loraplex.resolve import resolve
+from loraplex_server.machine import look_at_machine
+from loraplex_server.messages import AdapterSpec, GenerateRequest
+
+# How long to sleep when every sequence waits for an adapter that a thread is still reading.
+LOADING_WAIT_S = 0.002
+# Sequences given to the engine at a time, in batches: enough that it always finds a next one, few enough to look over.
+BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One sequence to be generated, and the place its tokens go to."""
+
+    request: GenerateRequest
+    adapter: AdapterSpec | None
+    completion: OpenCompletion
+
+
+class OfflineEngine:
+    """Model, adapters and engine of one process. One thread at a time may use it.
+
+    Raises LaunchError when the model cannot be served.
+    """
+
+    def __init__(self, settings: Settings):
+        check_served(settings)
+        facts = resolve(settings, progress=True)
+        plan = make_plan(settings, facts, look_at_machine(), openmp_set=openmp_variables())
+        wanted_threads = settings.serve.engine.num_threads
+        if "torch" not in sys.modules:
+            # OpenMP reads them once, when torch is imported; a caller who was first has his own.
+            os.environ |= next(process.env for process in plan.processes if process.name == "engine")
+        # Heavy, and OpenMP's settings come before it.
+        import torch
+
+        from loraplex_models.checkpoint import CheckpointError
+        from loraplex_server.engine.memory import NotEnoughMemory, settle_limits
+        from loraplex_server.engine.process import build_engine, load_base_model
+
+        if wanted_threads:
+            torch.set_num_threads(wanted_threads)
+        self.config = plan.config.engine
+        try:
+            model = load_base_model(self.config)
+            self.limits = settle_limits(self.config, model.config, model.kv_bytes_per_block(self.config.block_size))
+        except (CheckpointError, NotEnoughMemory) as error:
+            raise LaunchError(str(error)) from None
+        self.model_config = model.config
+        self._engine = build_engine(self.config, model, self.limits)
+
+    def run(self, jobs: Iterable[Job], on_end: Callable[[Job], object]) -> None:
+        """Generate all sequences, and tell of each that has ended; when it is interrupted none goes on."""
+        waiting = deque(jobs)
+        running: dict[str, Job] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < BATCHES_AHEAD * self.config.max_batch_size:
+                    job = waiting.popleft()
+                    running[job.request.request_id] = job
+                    self._add(job)
+                self._step(running, on_end)
+        finally:
+            for request_id in running:
+                self._engine.abort(request_id)
+
+    def close(self) -> None:
+        """End the threads that read adapters."""
+        self._engine.close()
+
+    def _add(self, job: Job) -> None:
+        if job.adapter is not None:
+            self._engine.load_adapter(job.adapter)
+        self._engine.add(job.request)
+
+    def _step(self, running: dict[str, Job], on_end: Callable[[Job], object]) -> None:
+        step = self._engine.step()
+        if step is None:
+            time.sleep(LOADING_WAIT_S)
+            return
+        for output in step.outputs:
+            job = running.get(output.request_id)
+            if job is None or not job.completion.feed(output):
+                continue
+            del running[output.request_id]
+            if output.finish_reason is None:  # a stop string ended it, of which the engine knows nothing
+                self._engine.abort(output.request_id)
+            on_end(job)

@@ -1,0 +1,82 @@
+"""Gemma 1 and 2: scaled embeddings and norms around one; Gemma 2 has four norms a layer, capped scores and logits."""
+
+import torch
+from torch import Tensor
+
+from loraplex_models.checkpoint import Checkpoint
+from loraplex_models.config import ModelConfig
+from loraplex_models.decoder import CausalLM, DecoderLayer
+from loraplex_models.forward import LoraBatch
+from loraplex_models.layers.attention import Attention, AttentionPlan, CappedAttention
+from loraplex_models.layers.norm import OffsetRMSNorm
+
+
+class GemmaLayer(DecoderLayer):
+    """The shared layer with Gemma's norm."""
+
+    norm_class = OffsetRMSNorm
+
+
+class Gemma(CausalLM):
+    """Gemma 1."""
+
+    layer_class: type[DecoderLayer] = GemmaLayer
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        # The factor is rounded to the model's dtype, as in training.
+        scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype).item()
+        return super()._embed(token_ids).mul_(scale)
+
+
+class Gemma2Layer(GemmaLayer):
+    """Attention and MLP each between two norms."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, attention: Attention, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(config, index, attention, dtype, device)
+        self._norm_after_attention = OffsetRMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+        self._norm_after_mlp = OffsetRMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the loaded weights."""
+        return super().num_bytes + self._norm_after_attention.num_bytes + self._norm_after_mlp.num_bytes
+
+    def _load_norms(self, checkpoint: Checkpoint) -> None:
+        prefix = f"model.{self.prefix}"
+        self.attention_norm.load(checkpoint, f"{prefix}.input_layernorm.weight")
+        self._norm_after_attention.load(checkpoint, f"{prefix}.post_attention_layernorm.weight")
+        self.mlp_norm.load(checkpoint, f"{prefix}.pre_feedforward_layernorm.weight")
+        self._norm_after_mlp.load(checkpoint, f"{prefix}.post_feedforward_layernorm.weight")
+
+    def _project(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        return self.qkv.forward(x, lora)
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Tensor, plan: AttentionPlan, lora: LoraBatch | None
+    ) -> Tensor:
+        """Return the hidden states [T, hidden] after this layer."""
+        qkv = self._project(self.attention_norm.forward(x), lora)
+        found = self._attention.forward(qkv, cache, plan, *angles)
+        x = x + self._norm_after_attention.forward(self.output.forward(found, lora))
+        gated = self._activate(self.gate_up.forward(self.mlp_norm.forward(x), lora))
+        return x + self._norm_after_mlp.forward(self.down.forward(gated, lora))
+
+
+class Gemma2(Gemma):
+    """Gemma 2."""
+
+    layer_class = Gemma2Layer
+
+    def _make_attention(self) -> Attention:
+        config = self.config
+        if config.attention_cap is None:
+            return super()._make_attention()
+        return CappedAttention(
+            config.num_heads, config.num_kv_heads, config.head_dim, config.attention_scale, config.attention_cap
+        )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits, cap = super()._logits(hidden), self.config.logit_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

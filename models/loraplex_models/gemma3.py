@@ -1,0 +1,57 @@
+"""Gemma 3, text: Gemma 2 with normalised queries and keys in place of caps, and other angles in windowed layers."""
+
+import torch
+from torch import Tensor
+
+from loraplex_models.checkpoint import Checkpoint, CheckpointError
+from loraplex_models.config import ModelConfig
+from loraplex_models.forward import LoraBatch
+from loraplex_models.gemma import Gemma2, Gemma2Layer
+from loraplex_models.layers.attention import Attention
+from loraplex_models.layers.qk_norm import QKNorm
+from loraplex_models.layers.rotary import RopeError, Rotary
+from loraplex_models.parallel import ParallelGroup
+
+
+class Gemma3Layer(Gemma2Layer):
+    """Gemma 2's layer with a norm of each query and key head."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, attention: Attention, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(config, index, attention, dtype, device)
+        query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self._qk_norm = QKNorm(query_size, kv_size, config.head_dim, config.norm_eps, dtype, device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the loaded weights."""
+        return super().num_bytes + self._qk_norm.num_bytes
+
+    def _load_norms(self, checkpoint: Checkpoint) -> None:
+        super()._load_norms(checkpoint)
+        self._qk_norm.load(checkpoint, f"model.{self.prefix}.self_attn", offset=1.0)
+
+    def _project(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        qkv = super()._project(x, lora)
+        self._qk_norm.apply(qkv)
+        return qkv
+
+
+class Gemma3(Gemma2):
+    """Gemma 3's language model."""
+
+    layer_class = Gemma3Layer
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, group: ParallelGroup) -> None:
+        super().__init__(config, dtype, device, group)
+        rope = config.rope if config.windowed_rope is None else config.windowed_rope
+        try:
+            self._windowed_rotary = Rotary(rope, config.head_dim, config.max_positions, dtype, device)
+        except RopeError as error:
+            raise CheckpointError(str(error)) from None
+
+    def _turn_layers(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        near, far = self._windowed_rotary.angles(positions), self._rotary.angles(positions)
+        windowed = self.config.windowed_layers or ()
+        return [near if index in windowed else far for index in range(self.config.num_layers)]

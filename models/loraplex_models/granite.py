@@ -1,0 +1,43 @@
+"""Granite: the embedding, the scores, what each half of a layer adds, and the logits have multipliers."""
+
+import torch
+from torch import Tensor
+
+from loraplex_models.config import ModelConfig
+from loraplex_models.decoder import CausalLM, DecoderLayer
+from loraplex_models.forward import LoraBatch
+from loraplex_models.layers.attention import Attention, AttentionPlan
+
+
+class GraniteLayer(DecoderLayer):
+    """The shared layer, adding a share of what attention and MLP give."""
+
+    def __init__(
+        self, config: ModelConfig, index: int, attention: Attention, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(config, index, attention, dtype, device)
+        self._share = 1.0 if config.residual_scale is None else config.residual_scale
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Tensor, plan: AttentionPlan, lora: LoraBatch | None
+    ) -> Tensor:
+        """Return the hidden states [T, hidden] after this layer."""
+        qkv = self.qkv.forward(self.attention_norm.forward(x), lora)
+        found = self._attention.forward(qkv, cache, plan, *angles)
+        x = torch.add(x, self.output.forward(found, lora), alpha=self._share)
+        gated = self._activate(self.gate_up.forward(self.mlp_norm.forward(x), lora))
+        return torch.add(x, self.down.forward(gated, lora), alpha=self._share)
+
+
+class Granite(CausalLM):
+    """Granite 3, dense."""
+
+    layer_class = GraniteLayer
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        scale = self.config.embedding_scale
+        return super()._embed(token_ids) if scale is None else super()._embed(token_ids).mul_(scale)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        scale = self.config.logit_scale
+        return super()._logits(hidden) if scale is None else super()._logits(hidden).mul_(scale)

@@ -1,0 +1,162 @@
+"""What a checkpoint's quantization_config says, checked; free of torch, so that the launcher can refuse early."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GPTQ_BITS = (2, 4, 8)
+COMPRESSED_BITS = (4, 8)
+FLAG_NAMES = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4")
+
+
+class QuantConfigError(ValueError):
+    """A quantisation is not served, or is not the one asked for; the message says what and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantConfig:
+    """How the quantised linears of a checkpoint are stored.
+
+    `layout` is v1, v1-words or v2 for gptq; gemm or gemv for awq; pack-quantized for compressed-tensors; int8, nf4 or
+    fp4 for bitsandbytes. `group_size` inputs of an output share a scale, -1 for all of them.
+    """
+
+    method: str
+    layout: str
+    bits: int
+    group_size: int = -1
+    is_symmetric: bool = True
+
+    @property
+    def name(self) -> str:
+        """The name in messages, and the most exact one that --quantize takes."""
+        return f"{self.method}-{self.layout}" if self.layout in ("nf4", "fp4") else self.method
+
+
+def check_flag(wanted: str) -> None:
+    """Raise QuantConfigError when --quantize names a format that is not served."""
+    if wanted not in FLAG_NAMES:
+        raise QuantConfigError(f"--quantize {wanted} is not served; served are {', '.join(FLAG_NAMES)}")
+
+
+def check_agreement(wanted: str, config: QuantConfig | None) -> None:
+    """Raise QuantConfigError when --quantize asks for another format than the checkpoint has."""
+    if config is None:
+        raise QuantConfigError(
+            f"--quantize {wanted}: the checkpoint's weights are not quantised, and weights are not quantised while "
+            "loading: leave the flag out, or choose a checkpoint in that format"
+        )
+    if wanted not in (config.method, config.name):
+        raise QuantConfigError(f"--quantize {wanted}: the checkpoint's weights are {config.name}: leave the flag out")
+
+
+def parse_quantization(raw: Any) -> QuantConfig | None:
+    """Name what a quantization_config says, as it was read from JSON; None for plain weights.
+
+    Raises QuantConfigError for what is not served.
+    """
+    if raw is None:
+        return None
+    if not isinstance(raw, dict):
+        raise QuantConfigError("the quantization_config of the checkpoint is not a JSON object")
+    method = str(raw.get("quant_method") or "unknown").lower()
+    parse = _PARSERS.get(method)
+    if parse is None:
+        raise QuantConfigError(f"weights of the format '{method}' are not served; served are {', '.join(_PARSERS)}")
+    try:
+        return parse(raw)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise QuantConfigError(f"the {method} quantization_config of the checkpoint is broken: {error!r}") from None
+
+
+def _refuse(method: str, key: str, value: Any, served: str) -> QuantConfigError:
+    return QuantConfigError(f"{method} weights with {key} {value} are not served; served: {served}")
+
+
+def _group_size(method: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or (value != -1 and value < 1):
+        raise _refuse(method, "group_size", value, "a whole number above 0, or -1")
+    return value
+
+
+def _gptq(raw: Mapping[str, Any]) -> QuantConfig:
+    if raw["bits"] not in GPTQ_BITS:
+        raise _refuse("gptq", "bits", raw["bits"], ", ".join(map(str, GPTQ_BITS)))
+    if raw.get("is_marlin_format"):
+        raise _refuse("gptq", "format", "marlin", "gptq, gptq_v2")
+    stored = raw.get("checkpoint_format") or raw.get("format") or "gptq"
+    if stored not in ("gptq", "gptq_v2"):
+        raise _refuse("gptq", "format", stored, "gptq, gptq_v2")
+    if raw.get("lm_head"):
+        raise _refuse("gptq", "lm_head", True, "a plain head")
+    if raw.get("pack_dtype", "int32") != "int32":
+        raise _refuse("gptq", "pack_dtype", raw["pack_dtype"], "int32")
+    changing = [rule for rule in raw.get("dynamic") or {} if not rule.startswith("-:")]
+    if changing:
+        raise _refuse("gptq", "dynamic rule", f"'{changing[0]}'", "rules that leave modules plain ('-:…')")
+    layout = "v2" if stored == "gptq_v2" else "v1"
+    if layout == "v1" and _is_by_gptqmodel(raw):
+        layout = "v1-words"
+    return QuantConfig("gptq", layout, raw["bits"], _group_size("gptq", raw["group_size"]), bool(raw.get("sym", True)))
+
+
+def _is_by_gptqmodel(raw: Mapping[str, Any]) -> bool:
+    quantizer = (raw.get("meta") or {}).get("quantizer") or []
+    return any("gptqmodel" in str(name) for name in ([quantizer] if isinstance(quantizer, str) else quantizer))
+
+
+def _awq(raw: Mapping[str, Any]) -> QuantConfig:
+    bits = raw["bits"] if "bits" in raw else raw["w_bit"]
+    if bits != 4:
+        raise _refuse("awq", "bits", bits, "4")
+    layout = str(raw.get("version") or raw.get("format") or "gemm").lower()
+    if layout not in ("gemm", "gemv"):
+        raise _refuse("awq", "version", layout, "gemm, gemv")
+    if raw.get("zero_point") is False:
+        raise _refuse("awq", "zero_point", False, "true")
+    size = raw["group_size"] if "group_size" in raw else raw["q_group_size"]
+    return QuantConfig("awq", layout, 4, _group_size("awq", size), is_symmetric=False)
+
+
+def _compressed_tensors(raw: Mapping[str, Any]) -> QuantConfig:
+    name = "compressed-tensors"
+    groups = list(raw["config_groups"].values())
+    if len(groups) != 1:
+        raise _refuse(name, "config_groups", f"of {len(groups)} schemes", "one scheme")
+    group, weights = groups[0], groups[0]["weights"]
+    for key in ("input_activations", "output_activations"):
+        if group.get(key):
+            raise _refuse(name, key, "quantised", "weights only")
+    if raw.get("kv_cache_scheme") or raw.get("transform_config") or _is_sparse(raw.get("sparsity_config")):
+        raise _refuse(name, "a KV cache scheme, transforms or sparsity", "set", "weights only")
+    stored = group.get("format") or raw.get("format")
+    if stored != "pack-quantized":
+        raise _refuse(name, "format", stored, "pack-quantized")
+    if weights.get("type", "int") != "int" or weights["num_bits"] not in COMPRESSED_BITS:
+        raise _refuse(name, "weights", f"{weights.get('type')}{weights['num_bits']}", "int4, int8")
+    if weights.get("strategy") not in ("group", "channel"):
+        raise _refuse(name, "strategy", weights.get("strategy"), "group, channel")
+    size = weights["group_size"] if weights["strategy"] == "group" else -1
+    is_symmetric = bool(weights.get("symmetric", True))
+    return QuantConfig(name, stored, weights["num_bits"], _group_size(name, size), is_symmetric)
+
+
+def _is_sparse(sparsity: Mapping[str, Any] | None) -> bool:
+    return bool(sparsity) and (sparsity or {}).get("format", "dense") != "dense"
+
+
+def _bitsandbytes(raw: Mapping[str, Any]) -> QuantConfig:
+    if raw.get("load_in_8bit"):
+        return QuantConfig("bitsandbytes", "int8", 8)
+    kind = raw.get("bnb_4bit_quant_type", "fp4")
+    if not raw.get("load_in_4bit") or kind not in ("nf4", "fp4"):
+        raise _refuse("bitsandbytes", "bnb_4bit_quant_type", kind, "nf4, fp4, or load_in_8bit")
+    return QuantConfig("bitsandbytes", kind, 4)
+
+
+_PARSERS: dict[str, Callable[[Mapping[str, Any]], QuantConfig]] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed_tensors,
+    "bitsandbytes": _bitsandbytes,
+}

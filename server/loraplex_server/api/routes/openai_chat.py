@@ -1,0 +1,153 @@
+"""POST /v1/chat/completions."""
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from loraplex_server.api.body import read_body
+from loraplex_server.api.choices import ChoiceReason, ChoiceText, complete_all, repeated
+from loraplex_server.api.disconnect import while_connected
+from loraplex_server.api.job import FinishedJob, TextDelta
+from loraplex_server.api.model_names import adapter_of
+from loraplex_server.api.openai_stream import Envelope, answer_headers, new_envelope, note_for_log, stream_response
+from loraplex_server.api.schemas.openai import ChatBody
+from loraplex_server.api.schemas.openai_answers import (
+    AssistantMessage,
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    Spelling,
+    Usage,
+    chat_logprobs,
+    summed_usage,
+    usage,
+)
+from loraplex_server.api.sse import event
+from loraplex_server.api.state import ApiState, Serving
+from loraplex_server.errors import TemplateFailed
+
+
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation, whole or as a stream."""
+    body = await read_body(request, ChatBody)
+    return await answer_chat(request, body)
+
+
+async def answer_chat(request: Request, body: ChatBody) -> Response:
+    """The answer to a body that was read."""
+    state: ApiState = request.app.state.api
+    serving = await state.serving()
+    body.check(state.config.api.max_concurrent_requests)
+    adapter_id = adapter_of(state, body.model, body.adapter_id)
+    jobs = repeated(body.job(await chat_prompt(serving, body), adapter_id), body.num_choices)
+    note_for_log(request, adapter_id)
+    envelope = new_envelope(state, "chatcmpl", adapter_id)
+    generator = serving.generator
+    if body.stream:
+        return await stream_response(request, generator, jobs, _ChatChunks(body, envelope, generator.tokenizer))
+    finished = await while_connected(request, complete_all(generator, jobs, request.state.request_id))
+    counts = summed_usage(finished, body.num_choices)
+    note_for_log(request, adapter_id, counts.completion_tokens)
+    answer = ChatAnswer(
+        id=envelope.id,
+        created=envelope.created,
+        model=envelope.model,
+        system_fingerprint=envelope.system_fingerprint,
+        choices=[_choice(body, index, job, generator.tokenizer) for index, job in enumerate(finished)],
+        usage=counts,
+    )
+    return Response(
+        msgspec.json.encode(answer), headers=answer_headers(state, adapter_id), media_type="application/json"
+    )
+
+
+async def chat_prompt(serving: Serving, body: ChatBody) -> str:
+    """The text that the model's template makes of the messages."""
+    if serving.chat_template is None:
+        raise TemplateFailed(
+            "this model has no chat template; send a finished prompt to /v1/completions or /generate, or start the "
+            "server with --tokenizer-config-path"
+        )
+    return await serving.chat_template.render_async(body.conversation())
+
+
+def _choice_text(body: ChatBody) -> ChoiceText:
+    return ChoiceText(
+        body.stop_texts,
+        keeps_stop=bool(body.include_stop_str_in_output),
+        shows_special=body.skip_special_tokens is False,
+    )
+
+
+def chat_text(body: ChatBody, job: FinishedJob) -> tuple[str, ChoiceReason]:
+    """What a finished job said, and why it ended."""
+    whole = job.best
+    pieces, reason = _choice_text(body).feed(
+        TextDelta(tokens=whole.tokens, top_tokens=whole.top_tokens, completion=whole.completion)
+    )
+    assert reason is not None, "a finished job has a reason"
+    return "".join(pieces), reason
+
+
+def _choice(body: ChatBody, index: int, job: FinishedJob, spelling: Spelling) -> ChatChoice:
+    text, reason = chat_text(body, job)
+    logprobs = chat_logprobs(job.best.tokens, job.best.top_tokens, spelling) if body.logprobs else None
+    return ChatChoice(index, AssistantMessage(text), logprobs, reason)
+
+
+class _ChatChunks:
+    """The events of a chat's stream: a chunk with the role, one a token that shows something, one with the reason."""
+
+    def __init__(self, body: ChatBody, envelope: Envelope, spelling: Spelling):
+        self._body = body
+        self._envelope = envelope
+        self._spelling = spelling
+        self._texts: dict[int, ChoiceText] = {}
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+
+    def delta(self, index: int, delta: TextDelta) -> bytes:
+        """The events of one choice's delta."""
+        events: list[bytes] = []
+        text = self._texts.get(index)
+        if text is None:
+            text = self._texts[index] = _choice_text(self._body)
+            events.append(self._event(ChatChunkChoice(index, ChatDelta(role="assistant", content=""))))
+        pieces, reason = text.feed(delta)
+        wants_logprobs = bool(self._body.logprobs)
+        for i, piece in enumerate(pieces):
+            if piece or wants_logprobs:
+                logprobs = (
+                    chat_logprobs([delta.tokens[i]], delta.top_tokens[i : i + 1], self._spelling)
+                    if wants_logprobs
+                    else None
+                )
+                events.append(self._event(ChatChunkChoice(index, ChatDelta(content=piece), logprobs)))
+        if delta.completion is not None:
+            self._num_prompt_tokens = delta.completion.num_prompt_tokens
+            self._num_generated_tokens += delta.completion.num_generated_tokens
+            events.append(self._event(ChatChunkChoice(index, ChatDelta(), finish_reason=reason)))
+        return b"".join(events)
+
+    def end(self) -> bytes:
+        """The chunk with the counts, if it was asked for."""
+        if not self._body.wants_usage_chunk:
+            return b""
+        return event(self._chunk([], usage(self._num_prompt_tokens, self._num_generated_tokens)))
+
+    def _event(self, choice: ChatChunkChoice) -> bytes:
+        return event(self._chunk([choice], None))
+
+    def _chunk(self, choices: list[ChatChunkChoice], counts: Usage | None) -> ChatChunk:
+        envelope = self._envelope
+        return ChatChunk(
+            id=envelope.id,
+            created=envelope.created,
+            model=envelope.model,
+            system_fingerprint=envelope.system_fingerprint,
+            choices=choices,
+            usage=counts if self._body.wants_usage_chunk else UNSET,
+        )
