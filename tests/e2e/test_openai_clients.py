@@ -171,6 +171,27 @@ def test_the_async_clients(demo_server: LaunchedServer) -> None:
     json.loads(first[: first.index("}") + 1])
 
 
+def test_a_conversation_becomes_the_prompt_and_the_tokens_that_transformers_makes_of_it(
+    demo_server: LaunchedServer, demo_model: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Où est <b>l'or</b>? 😀"},
+        {"role": "assistant", "content": "Under "},
+    ]
+    for messages, options in (
+        (turns[:2], {"add_generation_prompt": True}),
+        (turns[1:2], {"add_generation_prompt": False}),
+        (turns, {"continue_final_message": True}),
+    ):
+        answer = httpx.post(f"{demo_server.url}/chat_tokenize", json={"messages": messages, **options}).json()
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        assert answer["templated_text"] == expected
+        token_ids = tokenizer(expected, add_special_tokens=False)["input_ids"]
+        assert [token["id"] for token in answer["tokenize_response"]] == token_ids
+
+
 DOCUMENTED = re.findall(
     r"^```(bash|python)\n(.*?)^```", (REPOSITORY / "docs" / "clients.md").read_text(), re.DOTALL | re.MULTILINE
 )

@@ -273,12 +273,15 @@ def test_gelu_and_mul_equal_their_references_and_torch(dtype: torch.dtype, rows:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_queries", [1, 5])
 @pytest.mark.parametrize("ordering", ["gathered", "ordered", "in order"])
-def test_capped_attention_equals_its_reference(dtype: torch.dtype, num_queries: int, ordering: str) -> None:
+def test_capped_attention_equals_its_reference(
+    dtype: torch.dtype, num_queries: int, ordering: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_attention, "MAX_BATCHED_SCORES", 2 * 3 * 6 * 300)  # so that queries come in parts
     num_sequences = 1 if ordering == "in order" else 3
     cache = torch.randn(300, 2 * 2 * 8, dtype=dtype)
     queries = torch.randn(num_sequences, num_queries, 6 * 8, dtype=dtype) * 3
-    mask = torch.zeros(num_sequences, num_queries, 300, dtype=dtype)
-    mask[:, :, 250:] = float("-inf")
+    visible = 250 - 40 * torch.arange(num_queries).view(1, -1, 1).expand(num_sequences, -1, 300)
+    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(torch.arange(300) >= visible, float("-inf"))
     cells: Tensor | None = torch.stack([torch.randperm(300) for _ in range(num_sequences)])
     if ordering == "in order":
         cells = None

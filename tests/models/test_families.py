@@ -154,7 +154,9 @@ def test_weights_are_counted(case: Case) -> None:
     assert 0 <= case.ours.num_bytes - stored < 0.01 * stored
 
 
-@pytest.mark.parametrize("name", ["Qwen2, window in some layers", "Gemma 2", "Phi-3"])
+@pytest.mark.parametrize(
+    "name", ["Qwen2, window in some layers", "Gemma 2", "Gemma 3, text", "Phi-3", "Starcoder2", "Command-R"]
+)
 def test_the_engine_answers_as_transformers_and_peft_do(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model = make_tiny(family, tmp_path / "model")

@@ -57,13 +57,18 @@ def capped_attention(
     head_dim = cache.shape[1] // (2 * num_kv_heads)
     found = cache if cells is None else cache.index_select(0, cells.view(-1))
     keys_values = found.view(num_sequences, -1, 2, num_kv_heads, head_dim)
-    keys, values = keys_values.permute(2, 0, 3, 1, 4).unbind(0)  # [P, key heads, K, head_dim]
+    keys, values = keys_values.permute(2, 0, 3, 1, 4).unsqueeze(3).unbind(0)  # [P, key heads, 1, K, head_dim]
     heads = queries.view(num_sequences, num_queries, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
-    scores = (heads @ keys.transpose(2, 3).unsqueeze(2)).mul_(scale / cap).tanh_().mul_(cap)
-    if mask is not None:
-        scores += mask.view(num_sequences, 1, 1, num_queries, -1)
-    out = scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values.unsqueeze(2)
-    return out.permute(0, 3, 1, 2, 4).reshape(num_sequences, num_queries, width)
+    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    chunk = max(1, MAX_BATCHED_SCORES // (num_sequences * width // head_dim * keys.shape[3]))
+    for first in range(0, num_queries, chunk):
+        part = slice(first, first + chunk)
+        scores = (heads[:, :, :, part] @ keys.transpose(3, 4)).mul_(scale / cap).tanh_().mul_(cap)
+        if mask is not None:
+            scores += mask[:, None, None, part]
+        gathered = scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
+        out[:, part] = gathered.permute(0, 3, 1, 2, 4).flatten(2)
+    return out
 
 
 def _batched(heads: Tensor, cache: Tensor, rows: Tensor, mask: Tensor | None, scale: float, chunk: int) -> Tensor:

@@ -174,3 +174,14 @@ def test_a_template_of_the_tokenizer_file_is_kept_without_settings(tmp_path: Pat
     tokenizer = Tokenizer.load(save(saved, tmp_path), num_threads=1)
     assert tokenizer.encode("a")[0] == 1
     tokenizer.close()
+
+
+def test_the_bytes_of_tokens_joined_are_the_text(tmp_path: Path) -> None:
+    byte_tokenizer = Tokenizer.load(save(byte_level(), tmp_path), 1)
+    for text in TEXTS:
+        token_ids = byte_tokenizer.encode(text)
+        assert b"".join(map(byte_tokenizer.token_bytes, token_ids)).decode() == text
+    assert byte_tokenizer.token_bytes(1) == b"<|start|>"
+    sentences = Tokenizer.load(save(sentencepiece(), tmp_path), 1)
+    token_ids = [sentences._tokenizer.token_to_id(token) for token in ("<s>", "\u2581Hello", "<0xC3>", "<0xA9>")]
+    assert b"".join(map(sentences.token_bytes, token_ids)).decode() == "<s> Helloé"
