@@ -175,13 +175,10 @@ def _print(options: argparse.Namespace, runs: dict[str, list[Run]]) -> None:
         Ratio("mix over transformers+peft one by one", mix, "transformers+peft mix one by one", 4),
         Ratio("mix over vllm", mix, f"vllm mix {at_once}", 2),
         Ratio("mix over llama.cpp", mix, f"llama.cpp mix {at_once}", 2),
-        Ratio("one stream of base over llama.cpp, decode", "loraplex base x1", "llama.cpp base x1", 0.9, decode=True),
-        Ratio(
-            "one stream of an adapter over llama.cpp, decode",
-            "loraplex adapter x1",
-            "llama.cpp adapter x1",
-            0.9,
-            decode=True,
+        *(
+            Ratio(f"one stream of {name} over llama.cpp, {what}", f"loraplex {load}", f"llama.cpp {load}", 0.9, decode)
+            for name, load in (("base", "base x1"), ("an adapter", "adapter x1"))
+            for what, decode in (("whole request", False), ("decode", True))
         ),
         Ratio(
             "one stream of an adapter over one of base, decode", "loraplex adapter x1", "loraplex base x1", decode=True
