@@ -17,8 +17,20 @@ COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 # Order of sums and fused multiply-adds are free; not-a-number and infinity keep their meaning.
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 
-jit = numba.njit(nogil=True, cache=True, fastmath=FAST_MATH, error_model="numpy")
-inline = numba.njit(nogil=True, cache=True, fastmath=FAST_MATH, error_model="numpy", inline="always")
+
+def _can_keep_code():
+    """Whether compiled code can be kept: numba refuses where neither the source's folder nor a cache is writable."""
+    try:
+        numba.njit(cache=True)(_can_keep_code)
+    except RuntimeError:
+        return False
+    return True
+
+
+CAN_KEEP_CODE = _can_keep_code()
+
+jit = numba.njit(nogil=True, cache=CAN_KEEP_CODE, fastmath=FAST_MATH, error_model="numpy")
+inline = numba.njit(nogil=True, cache=CAN_KEEP_CODE, fastmath=FAST_MATH, error_model="numpy", inline="always")
 
 
 def is_compiled(dtype: torch.dtype) -> bool:

@@ -4,6 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -41,6 +42,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 IDLE_WAIT_S = 1.0
 # How long it sleeps when every sequence waits for an adapter that a reader thread is still loading.
 LOADING_WAIT_S = 0.002
+# How often pings are answered while kernels are compiled.
+WARM_UP_WAIT_S = 0.05
 # Loading is reported to the supervisor this often.
 PROGRESS_INTERVAL_S = 0.2
 
@@ -116,7 +119,7 @@ def run(config: ServeConfig, control: ControlLine) -> int:
         model = _load(config.engine, control)
         limits = settle_limits(config.engine, model.config, model.kv_bytes_per_block(config.engine.block_size))
         engine = build_engine(config.engine, model, limits)
-        _warm_up(engine, model)
+        _warm_up(engine, model, control)
     except (CheckpointError, ModelConfigError, ManifestError, NotEnoughMemory) as error:
         control.send("failed", error=str(error))
         return 1
@@ -149,9 +152,14 @@ def _load(config: EngineConfig, control: ControlLine) -> CausalLM:
     return load_base_model(config, progress)
 
 
-def _warm_up(engine: Engine, model: CausalLM) -> None:
-    """Compile and lay out what the first request would otherwise wait for."""
-    warm_up(model.dtype, model.device)
+def _warm_up(engine: Engine, model: CausalLM, control: ControlLine) -> None:
+    """Compile and lay out what the first request would otherwise wait for; a first compilation may take long."""
+    with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as thread:
+        compiling = thread.submit(warm_up, model.dtype, model.device)
+        while not compiling.done():
+            _answer_pings(control)
+            time.sleep(WARM_UP_WAIT_S)
+        compiling.result()
     request = GenerateRequest(request_id="", prompt_token_ids=[0], sampling=SamplingParams(max_new_tokens=2))
     engine.add(request)
     while engine.has_work:
