@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from tiny_models import make_peft_adapter, make_tiny_llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_tokenizer import byte_tokenizer
 from transformers import LlamaForCausalLM
 
 ADAPTERS = ("red", "blue")
@@ -15,15 +15,7 @@ CHAT_TEMPLATE = (
 
 def make_tiny_world(folder: Path) -> LlamaForCausalLM:
     """Write `base`, and an adapter a name in ADAPTERS; token ids 0 to 2 are <pad>, <s> and the end token </s>."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([], trainer)
+    tokenizer = byte_tokenizer()
     model = make_tiny_llama(folder / "base", vocab_size=tokenizer.get_vocab_size())
     tokenizer.save(str(folder / "base" / "tokenizer.json"))
     (folder / "base" / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))

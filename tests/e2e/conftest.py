@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from demo_server import LaunchedServer
 from tiny_models import make_peft_adapter, make_tiny_llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_tokenizer import byte_tokenizer
 
 from loraplex import demo
 
@@ -45,15 +45,7 @@ def exact_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random model in `base` and adapters for it in `good` and `other`."""
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([], trainer)
+    tokenizer = byte_tokenizer()
     model = make_tiny_llama(
         folder / "base", vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=8192, num_hidden_layers=2
     )

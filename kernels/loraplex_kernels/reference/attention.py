@@ -7,26 +7,19 @@ from torch import Tensor
 def paged_attention(
     queries: Tensor, cache: Tensor, cells: Tensor | None, mask: Tensor | None, num_kv_heads: int, scale: float
 ) -> Tensor:
-    if cells is not None and cells.dim() == 3:
-        cells = cells[0] // (2 * num_kv_heads)
-    head_dim = cache.shape[1] // (2 * num_kv_heads)
-    num_heads = queries.shape[2] // head_dim
-    out = torch.empty_like(queries)
-    for sequence in range(len(queries)):
-        keys_values = (cache if cells is None else cache[cells[sequence]]).view(-1, 2, num_kv_heads, head_dim)
-        for head in range(num_heads):
-            columns = slice(head * head_dim, (head + 1) * head_dim)
-            keys, values = keys_values[:, :, head // (num_heads // num_kv_heads)].unbind(1)
-            scores = queries[sequence, :, columns] @ keys.T * scale
-            if mask is not None:
-                scores = scores + mask[sequence]
-            out[sequence, :, columns] = scores.float().softmax(-1).to(values.dtype) @ values
-    return out
+    return _attend(queries, cache, cells, mask, num_kv_heads, scale, None)
 
 
 def capped_attention(
     queries: Tensor, cache: Tensor, cells: Tensor | None, mask: Tensor | None,
     num_kv_heads: int, scale: float, cap: float,
+) -> Tensor:  # fmt: skip
+    return _attend(queries, cache, cells, mask, num_kv_heads, scale, cap)
+
+
+def _attend(
+    queries: Tensor, cache: Tensor, cells: Tensor | None, mask: Tensor | None,
+    num_kv_heads: int, scale: float, cap: float | None,
 ) -> Tensor:  # fmt: skip
     if cells is not None and cells.dim() == 3:
         cells = cells[0] // (2 * num_kv_heads)
@@ -38,7 +31,9 @@ def capped_attention(
         for head in range(num_heads):
             columns = slice(head * head_dim, (head + 1) * head_dim)
             keys, values = keys_values[:, :, head // (num_heads // num_kv_heads)].unbind(1)
-            scores = (queries[sequence, :, columns] @ keys.T * scale / cap).tanh() * cap
+            scores = queries[sequence, :, columns] @ keys.T * scale
+            if cap is not None:
+                scores = (scores / cap).tanh() * cap
             if mask is not None:
                 scores = scores + mask[sequence]
             out[sequence, :, columns] = scores.float().softmax(-1).to(values.dtype) @ values
