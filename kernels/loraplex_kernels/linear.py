@@ -14,6 +14,11 @@ def pack_weight(weight: Tensor) -> Tensor:
     return _cpu.pack_weight(weight) if weight.is_cpu else _reference.pack_weight(weight)
 
 
+def unpack_weight(weight: Tensor) -> Tensor:
+    """Return the weight [out, in] from which `pack_weight` made this one; it may be the same memory."""
+    return weight.to_dense() if weight.is_mkldnn else weight
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
     """Return x @ weight.T + bias + addend; bias and addend may be absent.
 

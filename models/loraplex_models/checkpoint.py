@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loraplex_quant.method import FLOATS, QuantFormatError, WeightFormat
+from loraplex_quant.method import FLOATS, LinearWeight, QuantFormatError, WeightFormat
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -128,19 +128,23 @@ class CheckpointLinear:
         """Return one of the tensors. Raises CheckpointError."""
         return self._checkpoint.take(f"{self._module}.{suffix}", shape, dtypes)
 
-    def dequantize(self, in_size: int, out_size: int) -> Tensor | None:
-        """Return the weight [out_size, in_size] in float32; None where it is stored plainly.
+    def read(self, in_size: int, out_size: int, has_bias: bool) -> LinearWeight:
+        """Return the weight [out_size, in_size] and the bias. A plain weight may lie in the file's memory.
 
-        Raises CheckpointError.
+        Beside a quantised weight a bias may stand that the config does not name. Raises CheckpointError.
         """
         weight_format = self._checkpoint.weight_format
         if weight_format is None or not weight_format.is_quantized(self):
-            return None
+            weight = self.take("weight", (out_size, in_size))
+            return LinearWeight(weight, self.take("bias", (out_size,)) if has_bias else None)
         self._checkpoint.num_quantized += 1
         try:
-            return weight_format.dequantize(self, in_size, out_size)
+            quantized = weight_format.read(self, in_size, out_size)
         except QuantFormatError as error:
             raise CheckpointError(f"'{self._module}': {error}") from None
+        bias = self.take("bias", (out_size,)) if has_bias or "bias" in self else None
+        # AutoGPTQ writes a bias of zeros for every linear that has none.
+        return LinearWeight(quantized, bias if has_bias or bias is None or bool(bias.any()) else None)
 
 
 def _shard_names(folder: Path) -> list[str]:

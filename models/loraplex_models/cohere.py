@@ -8,6 +8,7 @@ from loraplex_models.config import ModelConfig
 from loraplex_models.decoder import CausalLM, DecoderLayer
 from loraplex_models.forward import LoraBatch
 from loraplex_models.layers.attention import Attention, AttentionPlan
+from loraplex_models.layers.build import Build
 from loraplex_models.layers.norm import LayerNorm
 
 
@@ -16,16 +17,14 @@ class CohereLayer(DecoderLayer):
 
     norm_class = LayerNorm
 
-    def __init__(
-        self, config: ModelConfig, index: int, attention: Attention, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__(config, index, attention, dtype, device)
+    def __init__(self, config: ModelConfig, index: int, attention: Attention, build: Build) -> None:
+        super().__init__(config, index, attention, build)
         # Cohere turns elements 2 i and 2 i + 1 of a head together, the shared attention i and i + head_dim / 2. In
         # this order they are the same; scores do not depend on it, and values keep theirs.
         heads = torch.arange((config.num_heads + 2 * config.num_kv_heads) * config.head_dim).view(-1, config.head_dim)
         num_turned = config.num_heads + config.num_kv_heads
         turned = heads[:num_turned].unflatten(1, (-1, 2)).transpose(1, 2)  # type: ignore[no-untyped-call]
-        self._order = torch.cat((turned.reshape(-1), heads[num_turned:].reshape(-1))).to(device)
+        self._order = torch.cat((turned.reshape(-1), heads[num_turned:].reshape(-1))).to(build.device)
 
     def _load_norms(self, checkpoint: Checkpoint) -> None:
         self.attention_norm.load(checkpoint, f"model.{self.prefix}.input_layernorm.weight")
@@ -37,8 +36,7 @@ class CohereLayer(DecoderLayer):
         normed = self.attention_norm.forward(x)
         qkv = self.qkv.forward(normed, lora).index_select(1, self._order)
         x = self.output.forward(self._attention.forward(qkv, cache, plan, *angles), lora, x)
-        gated = self._activate(self.gate_up.forward(normed, lora))
-        return self.down.forward(gated, lora, x)
+        return self.mlp.forward(normed, lora, x)
 
 
 class Cohere(CausalLM):

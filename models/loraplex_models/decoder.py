@@ -11,14 +11,13 @@ from loraplex_models.config import ModelConfig
 from loraplex_models.forward import AttentionBatch, ForwardBatch, LoraBatch
 from loraplex_models.layers.activation import GATED_ACTIVATIONS
 from loraplex_models.layers.attention import Attention, AttentionPlan, KVCache, plan_attention
+from loraplex_models.layers.build import Build
 from loraplex_models.layers.embedding import Embedding, Head
 from loraplex_models.layers.linear import Linear
+from loraplex_models.layers.mlp import MLP
 from loraplex_models.layers.norm import RMSNorm
 from loraplex_models.layers.rotary import RopeError, Rotary
 from loraplex_models.parallel import ParallelGroup
-from loraplex_quant.unquantized import Unquantized
-
-LINEARS_PER_LAYER = 4  # qkv, o, gate_up, down
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,30 +34,25 @@ class DecoderLayer:
 
     norm_class: type[RMSNorm] = RMSNorm
     always_has_qkv_bias = False
-    down_name = "mlp.down_proj"
 
-    def __init__(
-        self, config: ModelConfig, index: int, attention: Attention, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, index: int, attention: Attention, build: Build) -> None:
         hidden, query_size = config.hidden_size, config.num_heads * config.head_dim
-        kv_size = config.num_kv_heads * config.head_dim
-        prefix = f"layers.{index}"
-
-        def linear(place: int, in_size: int, parts: dict[str, int], has_bias: bool) -> Linear:
-            named = {f"{prefix}.{name}": size for name, size in parts.items()}
-            return Linear(LINEARS_PER_LAYER * index + place, in_size, named, Unquantized(dtype, device, has_bias))
-
-        self.prefix = prefix
-        self.qkv = linear(
-            0, hidden, self._qkv_parts(query_size, kv_size), self.always_has_qkv_bias or config.attention_bias
-        )
-        self.output = linear(1, query_size, {"self_attn.o_proj": hidden}, config.attention_bias)
-        self.gate_up = linear(2, hidden, self._gate_up_parts(config.intermediate_size), config.mlp_bias)
-        self.down = linear(3, config.intermediate_size, {self.down_name: hidden}, config.mlp_bias)
-        self.attention_norm = self.norm_class(hidden, config.norm_eps, dtype, device)
-        self.mlp_norm = self.norm_class(hidden, config.norm_eps, dtype, device)
+        qkv_parts = self._qkv_parts(query_size, config.num_kv_heads * config.head_dim)
+        has_qkv_bias = self.always_has_qkv_bias or config.attention_bias
+        self.index = index
+        self.prefix = f"layers.{index}"
+        self.qkv = build.linear(self.prefix, hidden, qkv_parts, has_qkv_bias)
+        self.output = build.linear(self.prefix, query_size, {"self_attn.o_proj": hidden}, config.attention_bias)
+        self.mlp = self._make_mlp(config, build)
+        self.attention_norm = self.norm_class(hidden, config.norm_eps, build.dtype, build.device)
+        self.mlp_norm = self.norm_class(hidden, config.norm_eps, build.dtype, build.device)
         self._attention = attention
-        self._activate = GATED_ACTIVATIONS[config.activation]
+
+    def _make_mlp(self, config: ModelConfig, build: Build) -> MLP:
+        hidden, inner = config.hidden_size, config.intermediate_size
+        up = build.linear(self.prefix, hidden, self._gate_up_parts(inner), config.mlp_bias)
+        down = build.linear(self.prefix, inner, {"mlp.down_proj": hidden}, config.mlp_bias)
+        return MLP(up, GATED_ACTIVATIONS[config.activation], down)
 
     def _qkv_parts(self, query_size: int, kv_size: int) -> dict[str, int]:
         return {"self_attn.q_proj": query_size, "self_attn.k_proj": kv_size, "self_attn.v_proj": kv_size}
@@ -69,18 +63,19 @@ class DecoderLayer:
     @property
     def linears(self) -> tuple[Linear, ...]:
         """The layer's linears, by their index."""
-        return (self.qkv, self.output, self.gate_up, self.down)
+        return (self.qkv, self.output, *self.mlp.linears)
 
     @property
     def num_bytes(self) -> int:
         """Size of the loaded weights."""
         norm_bytes = self.attention_norm.num_bytes + self.mlp_norm.num_bytes
-        return norm_bytes + sum(linear.num_bytes for linear in self.linears)
+        return norm_bytes + self.qkv.num_bytes + self.output.num_bytes + self.mlp.num_bytes
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take the layer's weights from the checkpoint."""
-        for linear in self.linears:
-            linear.load(checkpoint, "model.")
+        self.qkv.load(checkpoint, "model.")
+        self.output.load(checkpoint, "model.")
+        self.mlp.load(checkpoint)
         self._load_norms(checkpoint)
 
     def _load_norms(self, checkpoint: Checkpoint) -> None:
@@ -91,11 +86,13 @@ class DecoderLayer:
         self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Tensor, plan: AttentionPlan, lora: LoraBatch | None
     ) -> Tensor:
         """Return the hidden states [T, hidden] after this layer."""
-        qkv = self.qkv.forward(self.attention_norm.forward(x), lora)
+        qkv = self._project(self.attention_norm.forward(x), lora)
         found = self._attention.forward(qkv, cache, plan, *angles)
         x = self.output.forward(found, lora, x)
-        gated = self._activate(self.gate_up.forward(self.mlp_norm.forward(x), lora))
-        return self.down.forward(gated, lora, x)
+        return self.mlp.forward(self.mlp_norm.forward(x), lora, x)
+
+    def _project(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
+        return self.qkv.forward(x, lora)
 
 
 class CausalLM:
@@ -116,9 +113,9 @@ class CausalLM:
             self._rotary = self._make_rotary()
         except RopeError as error:
             raise CheckpointError(str(error)) from None
-        attention = self._make_attention()
+        attention, build = self._make_attention(), Build(dtype, device, group)
         self._embedding = Embedding(config.vocab_size, config.hidden_size, dtype, device)
-        self.layers = [self.layer_class(config, i, attention, dtype, device) for i in range(config.num_layers)]
+        self.layers = [self.layer_class(config, i, attention, build) for i in range(config.num_layers)]
         self._norm = self.layer_class.norm_class(config.hidden_size, config.norm_eps, dtype, device)
         self._head = Head(config.vocab_size, config.hidden_size, dtype, device)
 

@@ -8,6 +8,7 @@ from loraplex_models.config import ModelConfig
 from loraplex_models.decoder import CausalLM, DecoderLayer
 from loraplex_models.forward import LoraBatch
 from loraplex_models.layers.attention import Attention, AttentionPlan, CappedAttention
+from loraplex_models.layers.build import Build
 from loraplex_models.layers.norm import OffsetRMSNorm
 
 
@@ -31,12 +32,10 @@ class Gemma(CausalLM):
 class Gemma2Layer(GemmaLayer):
     """Attention and MLP each between two norms."""
 
-    def __init__(
-        self, config: ModelConfig, index: int, attention: Attention, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__(config, index, attention, dtype, device)
-        self._norm_after_attention = OffsetRMSNorm(config.hidden_size, config.norm_eps, dtype, device)
-        self._norm_after_mlp = OffsetRMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+    def __init__(self, config: ModelConfig, index: int, attention: Attention, build: Build) -> None:
+        super().__init__(config, index, attention, build)
+        self._norm_after_attention = OffsetRMSNorm(config.hidden_size, config.norm_eps, build.dtype, build.device)
+        self._norm_after_mlp = OffsetRMSNorm(config.hidden_size, config.norm_eps, build.dtype, build.device)
 
     @property
     def num_bytes(self) -> int:
@@ -50,9 +49,6 @@ class Gemma2Layer(GemmaLayer):
         self.mlp_norm.load(checkpoint, f"{prefix}.pre_feedforward_layernorm.weight")
         self._norm_after_mlp.load(checkpoint, f"{prefix}.post_feedforward_layernorm.weight")
 
-    def _project(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
-        return self.qkv.forward(x, lora)
-
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Tensor, plan: AttentionPlan, lora: LoraBatch | None
     ) -> Tensor:
@@ -60,8 +56,7 @@ class Gemma2Layer(GemmaLayer):
         qkv = self._project(self.attention_norm.forward(x), lora)
         found = self._attention.forward(qkv, cache, plan, *angles)
         x = x + self._norm_after_attention.forward(self.output.forward(found, lora))
-        gated = self._activate(self.gate_up.forward(self.mlp_norm.forward(x), lora))
-        return x + self._norm_after_mlp.forward(self.down.forward(gated, lora))
+        return x + self._norm_after_mlp.forward(self.mlp.forward(self.mlp_norm.forward(x), lora))
 
 
 class Gemma2(Gemma):

@@ -8,6 +8,7 @@ from loraplex_models.config import ModelConfig
 from loraplex_models.forward import LoraBatch
 from loraplex_models.gemma import Gemma2, Gemma2Layer
 from loraplex_models.layers.attention import Attention
+from loraplex_models.layers.build import Build
 from loraplex_models.layers.qk_norm import QKNorm
 from loraplex_models.layers.rotary import RopeError, Rotary
 from loraplex_models.parallel import ParallelGroup
@@ -16,12 +17,10 @@ from loraplex_models.parallel import ParallelGroup
 class Gemma3Layer(Gemma2Layer):
     """Gemma 2's layer with a norm of each query and key head."""
 
-    def __init__(
-        self, config: ModelConfig, index: int, attention: Attention, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__(config, index, attention, dtype, device)
+    def __init__(self, config: ModelConfig, index: int, attention: Attention, build: Build) -> None:
+        super().__init__(config, index, attention, build)
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self._qk_norm = QKNorm(query_size, kv_size, config.head_dim, config.norm_eps, dtype, device)
+        self._qk_norm = QKNorm(query_size, kv_size, config.head_dim, config.norm_eps, build.dtype, build.device)
 
     @property
     def num_bytes(self) -> int:

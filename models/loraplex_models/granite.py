@@ -7,15 +7,14 @@ from loraplex_models.config import ModelConfig
 from loraplex_models.decoder import CausalLM, DecoderLayer
 from loraplex_models.forward import LoraBatch
 from loraplex_models.layers.attention import Attention, AttentionPlan
+from loraplex_models.layers.build import Build
 
 
 class GraniteLayer(DecoderLayer):
     """The shared layer, adding a share of what attention and MLP give."""
 
-    def __init__(
-        self, config: ModelConfig, index: int, attention: Attention, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__(config, index, attention, dtype, device)
+    def __init__(self, config: ModelConfig, index: int, attention: Attention, build: Build) -> None:
+        super().__init__(config, index, attention, build)
         self._share = 1.0 if config.residual_scale is None else config.residual_scale
 
     def forward(
@@ -25,8 +24,7 @@ class GraniteLayer(DecoderLayer):
         qkv = self.qkv.forward(self.attention_norm.forward(x), lora)
         found = self._attention.forward(qkv, cache, plan, *angles)
         x = torch.add(x, self.output.forward(found, lora), alpha=self._share)
-        gated = self._activate(self.gate_up.forward(self.mlp_norm.forward(x), lora))
-        return torch.add(x, self.down.forward(gated, lora), alpha=self._share)
+        return torch.add(x, self.mlp.forward(self.mlp_norm.forward(x), lora), alpha=self._share)
 
 
 class Granite(CausalLM):

@@ -1,11 +1,10 @@
 """Starcoder2: LayerNorm, a bias everywhere, and an MLP without a gate."""
 
-import torch
-
 from loraplex_models.config import ModelConfig
 from loraplex_models.decoder import CausalLM, DecoderLayer
 from loraplex_models.layers.activation import ACTIVATIONS
-from loraplex_models.layers.attention import Attention
+from loraplex_models.layers.build import Build
+from loraplex_models.layers.mlp import MLP
 from loraplex_models.layers.norm import BiasedLayerNorm
 
 
@@ -13,16 +12,12 @@ class Starcoder2Layer(DecoderLayer):
     """The shared layer around that MLP."""
 
     norm_class = BiasedLayerNorm
-    down_name = "mlp.c_proj"
 
-    def __init__(
-        self, config: ModelConfig, index: int, attention: Attention, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__(config, index, attention, dtype, device)
-        self._activate = ACTIVATIONS[config.activation]
-
-    def _gate_up_parts(self, size: int) -> dict[str, int]:
-        return {"mlp.c_fc": size}
+    def _make_mlp(self, config: ModelConfig, build: Build) -> MLP:
+        hidden, inner = config.hidden_size, config.intermediate_size
+        up = build.linear(self.prefix, hidden, {"mlp.c_fc": inner}, config.mlp_bias)
+        down = build.linear(self.prefix, inner, {"mlp.c_proj": hidden}, config.mlp_bias)
+        return MLP(up, ACTIVATIONS[config.activation], down)
 
 
 class Starcoder2(CausalLM):

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from loraplex_quant.config import QuantConfig
+from loraplex_quant.grouped import GroupedWeight
 from loraplex_quant.method import FLOATS, QuantFormatError, StoredLinear
-from loraplex_quant.packing import WORD_BITS, packed_size, scale_groups, unpack
+from loraplex_quant.packing import WORD_BITS, packed_size, unpack
 
 BITS = 4
 PER_WORD = WORD_BITS // BITS
@@ -24,8 +25,8 @@ class AWQ:
         """Whether this linear is quantised; modules_to_not_convert have a plain weight."""
         return "weight" not in stored
 
-    def dequantize(self, stored: StoredLinear, in_size: int, out_size: int) -> Tensor:
-        """Return the weight [out, in] in float32."""
+    def read(self, stored: StoredLinear, in_size: int, out_size: int) -> GroupedWeight:
+        """Return the weight [out, in] in groups."""
         group_size = in_size if self._group_size == -1 else self._group_size
         if in_size % group_size:
             raise QuantFormatError(f"group_size {group_size} does not divide the {in_size} inputs")
@@ -34,7 +35,7 @@ class AWQ:
             raise QuantFormatError(f"a linear [{out_size}, {in_size}] does not fill whole words of 4-bit numbers")
         read = _read_gemv if self._layout == "gemv" else _read_gemm
         numbers, zeros, scales = read(stored, in_size, out_size, group_size)
-        return scale_groups(numbers, zeros, scales, None)
+        return GroupedWeight(BITS, numbers, zeros, scales)
 
 
 def _read_gemm(stored: StoredLinear, in_size: int, out_size: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ class BitsAndBytes8:
         """Whether this linear is quantised; skipped modules have no SCB."""
         return "SCB" in stored
 
-    def dequantize(self, stored: StoredLinear, in_size: int, out_size: int) -> Tensor:
+    def read(self, stored: StoredLinear, in_size: int, out_size: int) -> Tensor:
         """Return the weight [out, in] in float32."""
         if "weight_format" in stored and int(stored.take("weight_format", (), (torch.uint8,))) != 0:
             raise QuantFormatError("its weight_format is not 'row'; save it again with bitsandbytes 0.43 or later")
@@ -47,7 +47,7 @@ class BitsAndBytes4:
         """Whether this linear is quantised; skipped modules have no absmax."""
         return "weight.absmax" in stored
 
-    def dequantize(self, stored: StoredLinear, in_size: int, out_size: int) -> Tensor:
+    def read(self, stored: StoredLinear, in_size: int, out_size: int) -> Tensor:
         """Return the weight [out, in] in float32."""
         state = _state(stored, self._state_name)
         size, block_size = in_size * out_size, state["blocksize"]

@@ -1,11 +1,11 @@
 """compressed-tensors' pack-quantized form, as llm-compressor writes it: signed numbers, stored with an offset."""
 
 import torch
-from torch import Tensor
 
 from loraplex_quant.config import QuantConfig
+from loraplex_quant.grouped import GroupedWeight
 from loraplex_quant.method import FLOATS, QuantFormatError, StoredLinear
-from loraplex_quant.packing import packed_size, scale_groups, unpack
+from loraplex_quant.packing import packed_size, unpack
 
 
 class CompressedTensors:
@@ -22,8 +22,8 @@ class CompressedTensors:
         """Whether this linear is quantised; ignored modules have a plain weight."""
         return "weight" not in stored
 
-    def dequantize(self, stored: StoredLinear, in_size: int, out_size: int) -> Tensor:
-        """Return the weight [out, in] in float32."""
+    def read(self, stored: StoredLinear, in_size: int, out_size: int) -> GroupedWeight:
+        """Return the weight [out, in] in groups."""
         bits = self._bits
         group_size = in_size if self._group_size == -1 else self._group_size
         if in_size % group_size:
@@ -43,4 +43,4 @@ class CompressedTensors:
             group_of = stored.take("weight_g_idx", (in_size,), (torch.int32, torch.int64)).long()
             if int(group_of.min()) < 0 or int(group_of.max()) >= num_groups:
                 raise QuantFormatError(f"weight_g_idx names groups outside 0 to {num_groups - 1}")
-        return scale_groups(unpack(words, bits)[:, :in_size], zeros, scales, group_of)
+        return GroupedWeight(bits, unpack(words, bits)[:, :in_size], zeros, scales, group_of)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from loraplex_quant.config import QuantConfig
+from loraplex_quant.grouped import GroupedWeight
 from loraplex_quant.method import FLOATS, QuantFormatError, StoredLinear
-from loraplex_quant.packing import WORD_BITS, packed_size, scale_groups, unpack
+from loraplex_quant.packing import WORD_BITS, packed_size, unpack
 
 
 class GPTQ:
@@ -20,8 +21,8 @@ class GPTQ:
         """Whether this linear is quantised; modules that the writer left out have a plain weight."""
         return "weight" not in stored
 
-    def dequantize(self, stored: StoredLinear, in_size: int, out_size: int) -> Tensor:
-        """Return the weight [out, in] in float32."""
+    def read(self, stored: StoredLinear, in_size: int, out_size: int) -> GroupedWeight:
+        """Return the weight [out, in] in groups."""
         bits = self._bits
         if in_size * bits % WORD_BITS or out_size * bits % WORD_BITS:
             raise QuantFormatError(f"a linear [{out_size}, {in_size}] does not fill whole words of {bits}-bit numbers")
@@ -31,7 +32,7 @@ class GPTQ:
         zero_words = stored.take("qzeros", (num_groups, packed_size(out_size, bits)), (torch.int32,))
         scales = stored.take("scales", (num_groups, out_size), FLOATS)
         group_of = self._group_of(stored, in_size, group_size, num_groups)
-        return scale_groups(unpack(words.T, bits), self._zeros(zero_words).T, scales.T, group_of)
+        return GroupedWeight(bits, unpack(words.T, bits), self._zeros(zero_words).T, scales.T, group_of)
 
     def _zeros(self, words: Tensor) -> Tensor:
         if self._layout == "v2":

@@ -1,11 +1,12 @@
 """What a weight format must be able to do."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from loraplex_quant.grouped import GroupedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -15,35 +16,24 @@ class QuantFormatError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class ParamSpec:
-    """One tensor that a linear layer has in the checkpoint, under `<module>.<suffix>`."""
+class LinearWeight:
+    """One linear of a checkpoint: its weight [out, in], plain or in groups, and its bias [out] where it has one."""
 
-    suffix: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    weight: Tensor | GroupedWeight
+    bias: Tensor | None = None
 
 
 class QuantMethod(Protocol):
-    """How one linear layer's weight is stored and applied. An instance serves one layer and holds its weight.
+    """How one linear layer's weight is kept and applied. An instance holds the weight of one layer."""
 
-    Call `create_weights` for each linear of the checkpoint that the layer fuses, then `finish_load` once, then `apply`.
-    """
-
-    num_bytes: int  # of the loaded weight; 0 before finish_load
-
-    def create_weights(self, in_size: int, out_size: int) -> tuple[ParamSpec, ...]:
-        """Name the tensors of one linear [out_size, in_size]."""
-        ...
-
-    def finish_load(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
-        """Take the tensors of the fused linears, by suffix and in order, and keep them in the form that `apply` reads.
-
-        The tensors may lie in a file's memory; nothing of them is kept unless it is copied.
-        """
-        ...
+    num_bytes: int  # of weight and bias as they are kept
 
     def apply(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """Return x @ weight.T, plus the bias where there is one, plus `addend` where it is given."""
+        ...
+
+    def dequantize(self) -> Tensor:
+        """Return the weight [out, in] as plain numbers in float32, in memory of its own; not for every step."""
         ...
 
 
@@ -66,9 +56,9 @@ class WeightFormat(Protocol):
         """Whether this linear is stored in the format, or plainly as a writer leaves some modules."""
         ...
 
-    def dequantize(self, stored: StoredLinear, in_size: int, out_size: int) -> Tensor:
-        """Return the weight [out_size, in_size] in float32, in memory of its own.
+    def read(self, stored: StoredLinear, in_size: int, out_size: int) -> Tensor | GroupedWeight:
+        """Return the weight [out_size, in_size]: in groups where the format has such, else in float32.
 
-        Raises QuantFormatError.
+        It lies in memory of its own. Raises QuantFormatError.
         """
         ...

@@ -23,19 +23,3 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
     numbers = torch.bitwise_right_shift(octets.unsqueeze(-1), shifts)
     return numbers.bitwise_and_((1 << bits) - 1).flatten(1)
-
-
-def scale_groups(numbers: Tensor, zeros: Tensor, scales: Tensor, group_of: Tensor | None) -> Tensor:
-    """Return (numbers - zeros) * scales in float32, with one zero and one scale for each group of columns.
-
-    numbers: [out, in]; zeros: [out, G] or [1, 1]; scales: [out, G]; `group_of`: the group of each column, [in], or
-    None where groups are runs of equal length.
-    """
-    out_size, num_groups = scales.shape
-    weight = numbers.to(torch.float32, memory_format=torch.contiguous_format)
-    if group_of is not None:
-        zeros = zeros.float().expand(out_size, num_groups)[:, group_of]
-        return weight.sub_(zeros).mul_(scales.float()[:, group_of])
-    grouped = weight.view(out_size, num_groups, -1)
-    grouped.sub_(zeros.float().unsqueeze(-1)).mul_(scales.float().unsqueeze(-1))
-    return weight

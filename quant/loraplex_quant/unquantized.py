@@ -1,48 +1,48 @@
-"""Plain weights: the smallest weight format, and the pattern for the others."""
+"""Plain weights in the model's own dtype: the simplest way to keep a linear, and the pattern for the others."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from loraplex_kernels.linear import linear, pack_weight
-from loraplex_quant.method import ParamSpec
+from loraplex_kernels.linear import linear, pack_weight, unpack_weight
+from loraplex_quant.grouped import plain
+from loraplex_quant.method import LinearWeight
 
 
 class Unquantized:
-    """A weight in the model's own dtype, packed for the device. See `QuantMethod`."""
+    """The weights of the fused linears, one below the other, packed for the device. See `QuantMethod`."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, has_bias: bool) -> None:
-        self.num_bytes = 0
-        self._dtype = dtype
-        self._device = device
-        self._has_bias = has_bias
-        self._weight = torch.empty(0)
-        self._bias: Tensor | None = None
-
-    def create_weights(self, in_size: int, out_size: int) -> tuple[ParamSpec, ...]:
-        """Name the weight, and the bias where there is one."""
-        weight = ParamSpec("weight", (out_size, in_size), self._dtype)
-        bias = ParamSpec("bias", (out_size,), self._dtype)
-        return (weight, bias) if self._has_bias else (weight,)
-
-    def finish_load(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
-        """Stack the weights of the fused linears and pack them."""
-        weight = self._stack([part["weight"] for part in parts])
+    def __init__(self, parts: Sequence[LinearWeight], dtype: torch.dtype, device: torch.device) -> None:
+        """Stack and pack; of tensors that lie in a file's memory nothing is kept."""
+        weight = stack([plain(part.weight) for part in parts], dtype, device)
         self.num_bytes = weight.nbytes
         packed = pack_weight(weight)
         # A weight that stayed plain must not keep the checkpoint's mapped file alive.
         self._weight = packed.clone() if packed is weight and len(parts) == 1 else packed
-        # A quantised checkpoint may hold a bias that the config does not name, and for some of the linears only.
-        if any("bias" in part for part in parts):
-            biases = [part["bias"] if "bias" in part else torch.zeros(len(part["weight"])) for part in parts]
-            self._bias = self._stack(biases).clone()
+        self._bias = stacked_bias(parts, dtype, device)
+        if self._bias is not None:
             self.num_bytes += self._bias.nbytes
 
     def apply(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """Return x @ weight.T + bias + addend."""
         return linear(x, self._weight, self._bias, addend)
 
-    def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
-        moved = [tensor.to(self._device, self._dtype) for tensor in tensors]
-        return moved[0] if len(moved) == 1 else torch.cat(moved)
+    def dequantize(self) -> Tensor:
+        """Return the weight in float32."""
+        return unpack_weight(self._weight).to(torch.float32, copy=True)
+
+
+def stack(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the tensors one below the other; a single one may come back as it is."""
+    moved = [tensor.to(device, dtype) for tensor in tensors]
+    return moved[0] if len(moved) == 1 else torch.cat(moved)
+
+
+def stacked_bias(parts: Sequence[LinearWeight], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Return the biases of fused linears one after the other, None where none has one."""
+    if all(part.bias is None for part in parts):
+        return None
+    # A quantised checkpoint may hold a bias that the config does not name, and for some of the linears only.
+    biases = [torch.zeros(part.weight.shape[0]) if part.bias is None else part.bias for part in parts]
+    return stack(biases, dtype, device).clone()

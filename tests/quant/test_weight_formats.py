@@ -11,7 +11,8 @@ from slow_dequantization import FIXTURES, checkpoint_tensors, linear_tensors, qu
 from torch import Tensor
 
 from loraplex_quant.config import parse_quantization
-from loraplex_quant.method import QuantFormatError
+from loraplex_quant.grouped import plain
+from loraplex_quant.method import LinearWeight, QuantFormatError
 from loraplex_quant.registry import weight_format
 from loraplex_quant.unquantized import Unquantized
 
@@ -39,7 +40,7 @@ def dequantize(config: dict[str, Any], tensors: Mapping[str, Tensor], in_size: i
     assert parsed is not None
     stored = Stored(tensors)
     assert weight_format(parsed).is_quantized(stored)
-    return weight_format(parsed).dequantize(stored, in_size, out_size)
+    return plain(weight_format(parsed).read(stored, in_size, out_size))
 
 
 def words(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -58,8 +59,7 @@ def test_a_layers_output_is_the_product_with_the_weight_as_written(folder: Path)
         linear = linear_tensors(tensors, module)
         truth = slow_weight(config, linear)
         weight = dequantize(config, linear, truth.shape[1], truth.shape[0])
-        method = Unquantized(torch.float32, torch.device("cpu"), has_bias=False)
-        method.finish_load([{"weight": weight}])
+        method = Unquantized([LinearWeight(weight)], torch.float32, torch.device("cpu"))
         x = torch.randn(3, truth.shape[1], generator=torch.Generator().manual_seed(1))
         expected = x.double() @ truth.T
         assert (method.apply(x) - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from loraplex_kernels.lora import lora_expand, lora_shrink
 from loraplex_models.checkpoint import Checkpoint
 from loraplex_models.forward import LoraBatch
+from loraplex_quant.keep import keep_linear
 from loraplex_quant.method import QuantMethod
 
 
@@ -17,11 +19,23 @@ class Linear:
     layer's place in `LoraBatch.tables`.
     """
 
-    def __init__(self, index: int, in_size: int, parts: Mapping[str, int], method: QuantMethod) -> None:
+    _method: QuantMethod  # from `load` on
+
+    def __init__(
+        self,
+        index: int,
+        in_size: int,
+        parts: Mapping[str, int],
+        has_bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.index = index
         self.in_size = in_size
         self.parts = dict(parts)
-        self._method = method
+        self._has_bias = has_bias
+        self._dtype = dtype
+        self._device = device
 
     @property
     def num_bytes(self) -> int:
@@ -30,7 +44,15 @@ class Linear:
 
     def load(self, checkpoint: Checkpoint, prefix: str) -> None:
         """Take the weights of the parts, named `<prefix><module>.<suffix>`, from the checkpoint."""
-        self._method.finish_load([self._take(checkpoint, prefix + module, size) for module, size in self.parts.items()])
+        weights = [
+            checkpoint.linear(prefix + module).read(self.in_size, size, self._has_bias)
+            for module, size in self.parts.items()
+        ]
+        self._method = keep_linear(weights, self._dtype, self._device)
+
+    def dequantize(self) -> Tensor:
+        """Return the weight [sum of the parts' sizes, in] in float32, in memory of its own; not for every step."""
+        return self._method.dequantize()
 
     def forward(self, x: Tensor, lora: LoraBatch | None, addend: Tensor | None = None) -> Tensor:
         """Return x @ weight.T, plus the bias, plus `addend`, plus each token's adapter delta. x: [T, in]."""
@@ -39,18 +61,3 @@ class Linear:
         if lora is not None and table is not None:
             lora_expand(lora_shrink(x, table, lora.segments), table, lora.segments, out)
         return out
-
-    def _take(self, checkpoint: Checkpoint, name: str, out_size: int) -> dict[str, Tensor]:
-        """The tensors of one part; a weight that is quantised becomes a plain one of the model's dtype."""
-        stored = checkpoint.linear(name)
-        specs = {spec.suffix: spec for spec in self._method.create_weights(self.in_size, out_size)}
-        weight = stored.dequantize(self.in_size, out_size)
-        if weight is None:
-            return {suffix: stored.take(suffix, spec.shape) for suffix, spec in specs.items()}
-        tensors = {"weight": weight.to(specs["weight"].dtype)}
-        if "bias" in specs or "bias" in stored:
-            bias = stored.take("bias", (out_size,))
-            # AutoGPTQ writes a bias of zeros for every linear that has none.
-            if "bias" in specs or bool(bias.any()):
-                tensors["bias"] = bias
-        return tensors

@@ -1,0 +1,25 @@
+"""What the layers of one model are made with, and the linears of a model, numbered as they are made."""
+
+from collections.abc import Mapping
+
+import torch
+
+from loraplex_models.layers.linear import Linear
+from loraplex_models.parallel import ParallelGroup
+
+
+class Build:
+    """The number type, the device and the ranks of one model that is being made."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, group: ParallelGroup) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.group = group
+        self._num_linears = 0
+
+    def linear(self, prefix: str, in_size: int, parts: Mapping[str, int], has_bias: bool) -> Linear:
+        """Make the next linear, whose parts are named `<prefix>.<name>` in the checkpoint, below `model.`."""
+        named = {f"{prefix}.{name}": size for name, size in parts.items()}
+        made = Linear(self._num_linears, in_size, named, has_bias, self.dtype, self.device)
+        self._num_linears += 1
+        return made
