@@ -9,6 +9,7 @@ import transformers
 from tiny_models import SEVEN_LINEARS, WEIGHT_STD
 from transformers import PreTrainedModel
 
+ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 PACKED_LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
@@ -30,6 +31,27 @@ FAMILIES = {
         "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
     ),
     "Qwen3": Family("Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
+    "Qwen3-MoE": Family(
+        "Qwen3MoeForCausalLM",
+        {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
+        ATTENTION_LINEARS,
+    ),
+    "Qwen3-MoE, one layer dense": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+        ATTENTION_LINEARS,  # peft takes the names of the dense layer's MLP for the experts'
+    ),
+    "Mixtral": Family(
+        "MixtralForCausalLM",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 9},
+        ATTENTION_LINEARS,
+    ),
     "Granite": Family(
         "GraniteForCausalLM",
         {

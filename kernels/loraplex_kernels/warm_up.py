@@ -7,10 +7,11 @@ from loraplex_kernels.attention import decode_attention
 from loraplex_kernels.choice import most_likely
 from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
+from loraplex_kernels.moe import route_tokens, sum_experts
 from loraplex_kernels.norm import rms_norm, rms_norm_groups
 
 
-def warm_up(dtype: torch.dtype, device: torch.device) -> None:
+def warm_up(dtype: torch.dtype, device: torch.device, *, has_experts: bool) -> None:
     """Call each operation that is compiled on first use, on a few numbers; kept on disk, it takes seconds only once."""
     x = torch.ones(1, 8, dtype=dtype, device=device)
     rms_norm(x, x[0], 1e-5)
@@ -22,6 +23,8 @@ def warm_up(dtype: torch.dtype, device: torch.device) -> None:
     rotate_and_store(x.clone(), x[:, :2], x[:, :2], x[:, :4].clone(), cells, num_heads=2, head_dim=2)
     first, length = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32, device=device)
     decode_attention(x[:, :4], x, first, length, block_size=1, num_kv_heads=1, scale=1.0, window=1)
+    if has_experts:
+        sum_experts(x, route_tokens(x, 1, True))
     table = LoraTable(1, (8,), dtype, device)
     table.set(0, 0, x, x.view(8, 1))
     segments = LoraSegments((0, 1), (0,))

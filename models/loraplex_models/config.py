@@ -20,6 +20,20 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """A mixture of experts: how many, how many of them a token goes to, and the layers that have a plain MLP instead.
+
+    `rescales`: the weights of a token's experts are divided by their sum.
+    """
+
+    num_experts: int
+    num_chosen: int
+    inner_size: int
+    rescales: bool
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The shape of a decoder model. Lengths are counts of elements; `head_dim` is per head."""
 
@@ -55,6 +69,7 @@ class ModelConfig:
     embedding_scale: float | None = None
     logit_scale: float | None = None
     logit_cap: float | None = None
+    experts: ExpertsConfig | None = None
 
 
 DEFAULT_EPS = 1e-6
@@ -63,6 +78,14 @@ DEFAULT_EPS = 1e-6
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"use_sliding_window": False, "max_window_layers": 28},
     "Qwen3ForCausalLM": {"use_sliding_window": False, "max_window_layers": 28, "head_dim": 128},
+    "Qwen3MoeForCausalLM": {
+        "use_sliding_window": False,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+    },
+    "MixtralForCausalLM": {"num_local_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1000000.0},
     "SmolLM3ForCausalLM": {
         "tie_word_embeddings": True,
         "use_sliding_window": False,
@@ -161,7 +184,11 @@ def _windowed_layers(raw: dict[str, Any], architecture: str) -> tuple[int, ...] 
     if raw.get("sliding_window_pattern"):
         # One layer in so many sees everything, the others have the window.
         return tuple(i for i in range(num_layers) if (i + 1) % int(raw["sliding_window_pattern"]))
-    if raw.get("use_sliding_window") and raw.get("max_window_layers") is not None:
+    if (
+        architecture != "Qwen3MoeForCausalLM"
+        and raw.get("use_sliding_window")
+        and raw.get("max_window_layers") is not None
+    ):
         return tuple(range(int(raw["max_window_layers"]), num_layers))
     return None
 
@@ -184,6 +211,23 @@ def _optional(raw: dict[str, Any], key: str) -> float | None:
 def _attention_scale(raw: dict[str, Any]) -> float | None:
     base = _optional(raw, "query_pre_attn_scalar")
     return _optional(raw, "attention_multiplier") if base is None else base**-0.5
+
+
+def _experts(raw: dict[str, Any], architecture: str) -> ExpertsConfig | None:
+    if architecture == "MixtralForCausalLM":
+        inner_size, rescales = int(_required(raw, "intermediate_size")), True
+    elif architecture == "Qwen3MoeForCausalLM":
+        inner_size, rescales = int(_required(raw, "moe_intermediate_size")), bool(raw["norm_topk_prob"])
+    else:
+        return None
+    num_experts = int(_required(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts"))
+    num_chosen = int(_required(raw, "num_experts_per_tok"))
+    if not 1 <= num_chosen <= num_experts:
+        raise ModelConfigError(f"num_experts_per_tok {num_chosen} of {num_experts} experts cannot be served")
+    num_layers, step = int(_required(raw, "num_hidden_layers")), int(raw.get("decoder_sparse_step") or 1)
+    named = raw.get("mlp_only_layers") or ()
+    dense_layers = tuple(i for i in range(num_layers) if i in named or (i + 1) % step)
+    return ExpertsConfig(num_experts, num_chosen, inner_size, rescales, dense_layers)
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
@@ -257,6 +301,7 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any] | None = None) 
         embedding_scale=_optional(raw, "embedding_multiplier"),
         logit_scale=_optional(raw, "logit_scale") if logits_divisor is None else 1 / logits_divisor,
         logit_cap=_optional(raw, "final_logit_softcapping"),
+        experts=_experts(raw, architecture),
     )
 
 

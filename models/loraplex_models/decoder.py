@@ -15,6 +15,7 @@ from loraplex_models.layers.build import Build
 from loraplex_models.layers.embedding import Embedding, Head
 from loraplex_models.layers.linear import Linear
 from loraplex_models.layers.mlp import MLP
+from loraplex_models.layers.moe import SparseMLP
 from loraplex_models.layers.norm import RMSNorm
 from loraplex_models.layers.rotary import RopeError, Rotary
 from loraplex_models.parallel import ParallelGroup
@@ -48,7 +49,7 @@ class DecoderLayer:
         self.mlp_norm = self.norm_class(hidden, config.norm_eps, build.dtype, build.device)
         self._attention = attention
 
-    def _make_mlp(self, config: ModelConfig, build: Build) -> MLP:
+    def _make_mlp(self, config: ModelConfig, build: Build) -> MLP | SparseMLP:
         hidden, inner = config.hidden_size, config.intermediate_size
         up = build.linear(self.prefix, hidden, self._gate_up_parts(inner), config.mlp_bias)
         down = build.linear(self.prefix, inner, {"mlp.down_proj": hidden}, config.mlp_bias)

@@ -11,6 +11,8 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
     "MistralForCausalLM": ("loraplex_models.llama", "Mistral"),
     "Qwen2ForCausalLM": ("loraplex_models.qwen2", "Qwen2"),
     "Qwen3ForCausalLM": ("loraplex_models.qwen3", "Qwen3"),
+    "Qwen3MoeForCausalLM": ("loraplex_models.qwen3_moe", "Qwen3Moe"),
+    "MixtralForCausalLM": ("loraplex_models.mixtral", "Mixtral"),
     "GraniteForCausalLM": ("loraplex_models.granite", "Granite"),
     "Phi3ForCausalLM": ("loraplex_models.phi3", "Phi3"),
     "GemmaForCausalLM": ("loraplex_models.gemma", "Gemma"),

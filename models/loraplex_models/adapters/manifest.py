@@ -76,6 +76,8 @@ def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         "self_attn.v_proj": (hidden, keys),
         "self_attn.o_proj": (queries, hidden),
     }
+    if config.experts is not None and not config.experts.dense_layers:
+        return attention
     if not config.has_gated_mlp:
         return attention | {"mlp.c_fc": (hidden, intermediate), "mlp.c_proj": (intermediate, hidden)}
     return attention | {
@@ -194,6 +196,13 @@ class _Checker:
             raise ManifestError(
                 f"tensor {shown(pair.a_name)} is for layer {layer}, the base model has layers 0 to"
                 f" {self._config.num_layers - 1}{self._trained_on}",
+                "adapter_incompatible",
+            )
+        experts = self._config.experts
+        if experts is not None and kind.startswith("mlp.") and int(layer) not in experts.dense_layers:
+            raise ManifestError(
+                f"tensor {shown(pair.a_name)} is for a plain MLP, layer {layer} of the base model has experts"
+                f"{self._trained_on}",
                 "adapter_incompatible",
             )
         a, b = self._tensors[pair.a_name], self._tensors[pair.b_name]

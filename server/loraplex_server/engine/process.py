@@ -155,7 +155,8 @@ def _load(config: EngineConfig, control: ControlLine) -> CausalLM:
 def _warm_up(engine: Engine, model: CausalLM, control: ControlLine) -> None:
     """Compile and lay out what the first request would otherwise wait for; a first compilation may take long."""
     with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as thread:
-        compiling = thread.submit(warm_up, model.dtype, model.device)
+        has_experts = model.config.experts is not None
+        compiling = thread.submit(warm_up, model.dtype, model.device, has_experts=has_experts)
         while not compiling.done():
             _answer_pings(control)
             time.sleep(WARM_UP_WAIT_S)

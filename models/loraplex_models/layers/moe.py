@@ -1,0 +1,103 @@
+"""A mixture of experts in place of a layer's MLP: each token goes through the few MLPs that a router chooses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex_kernels.moe import route_tokens, sum_experts
+from loraplex_models.checkpoint import Checkpoint
+from loraplex_models.config import ExpertsConfig
+from loraplex_models.forward import LoraBatch
+from loraplex_models.layers.build import Build
+from loraplex_models.layers.linear import Linear
+from loraplex_quant.keep import keep_linear
+from loraplex_quant.method import QuantMethod
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What a checkpoint calls the linears: `<block>.gate`, and `<block>.experts.<number>.<gate, up or down>`."""
+
+    block: str
+    gate: str
+    up: str
+    down: str
+
+
+class ExpertLinear:
+    """One linear of every expert: rows that are ordered by expert go through their experts' weights."""
+
+    def __init__(self, build: Build, prefix: str, in_size: int, parts: dict[str, int], num_experts: int) -> None:
+        """`parts` as in `Linear`, named `<prefix>.<number>.<name>` in the checkpoint."""
+        self.in_size = in_size
+        self.parts = parts
+        self._prefix = prefix
+        self._num_experts = num_experts
+        self._build = build
+        self._methods: list[QuantMethod] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the loaded weights."""
+        return sum(method.num_bytes for method in self._methods)
+
+    def load(self, checkpoint: Checkpoint, prefix: str) -> None:
+        """Take the weights of all experts from the checkpoint."""
+        for expert in range(self._num_experts):
+            names = [f"{prefix}{self._prefix}.{expert}.{part}" for part in self.parts]
+            weights = [
+                checkpoint.linear(name).read(self.in_size, size, has_bias=False)
+                for name, size in zip(names, self.parts.values(), strict=True)
+            ]
+            self._methods.append(keep_linear(weights, self._build.dtype, self._build.device))
+
+    def forward(self, rows: Tensor, starts: tuple[int, ...]) -> Tensor:
+        """Return each row's product. rows: [R, in], those of expert e from starts[e] to starts[e + 1]."""
+        outs = [
+            method.apply(rows[start:end])
+            for method, start, end in zip(self._methods, starts, starts[1:], strict=False)
+            if start < end
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+class SparseMLP:
+    """The experts of a layer and their router. See `MLP`, in whose place it stands."""
+
+    linears: tuple[Linear, ...] = ()
+
+    def __init__(
+        self,
+        build: Build,
+        prefix: str,
+        hidden_size: int,
+        experts: ExpertsConfig,
+        names: ExpertNames,
+        activate: Callable[[Tensor], Tensor],
+    ) -> None:
+        inner, block = experts.inner_size, f"{prefix}.{names.block}"
+        up_parts = {names.gate: inner, names.up: inner}
+        self._up = ExpertLinear(build, f"{block}.experts", hidden_size, up_parts, experts.num_experts)
+        self._down = ExpertLinear(build, f"{block}.experts", inner, {names.down: hidden_size}, experts.num_experts)
+        self._router = Linear(-1, hidden_size, {f"{block}.gate": experts.num_experts}, False, build.dtype, build.device)
+        self._num_chosen = experts.num_chosen
+        self._rescales = experts.rescales
+        self._activate = activate
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the loaded weights."""
+        return self._router.num_bytes + self._up.num_bytes + self._down.num_bytes
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take the weights from the checkpoint."""
+        for linear in (self._router, self._up, self._down):
+            linear.load(checkpoint, "model.")
+
+    def forward(self, x: Tensor, lora: LoraBatch | None, addend: Tensor | None = None) -> Tensor:
+        """Return what the chosen experts give for x [T, hidden], plus `addend`."""
+        route = route_tokens(self._router.forward(x, None), self._num_chosen, self._rescales)
+        inner = self._activate(self._up.forward(x.index_select(0, route.tokens), route.starts))
+        return sum_experts(self._down.forward(inner, route.starts), route, addend)
