@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loraplex_kernels.cpu import lora as _cpu
@@ -27,16 +29,16 @@ class LoraTable:
         # The weights by slot and part, B transposed so that a rank's row is dense.
         self.weights: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         # For compiled loops: by slot and part the address of A, that of B, and the rank (0: none); the parts' borders.
-        self._cells = torch.zeros(num_slots, self.num_parts, 3, dtype=torch.int64)
+        self._cells: NDArray[np.int64] = np.zeros((num_slots, self.num_parts, 3), np.int64)
         self._columns = torch.tensor([0, *part_sizes]).cumsum(0)
-        self.address = self._cells.data_ptr()
+        self.address = self._cells.ctypes.data
         self.columns_address = self._columns.data_ptr()
 
     def set(self, slot: int, part: int, a: Tensor, b: Tensor) -> None:
         """Put one module's weights in: a [rank, in], b [part's size, rank], both of the table's dtype and device."""
         a, b = a.contiguous(), b.t().contiguous()
         self.weights[slot, part] = (a, b)
-        self._cells[slot, part] = torch.tensor((a.data_ptr(), b.data_ptr(), len(a)))
+        self._cells[slot, part] = (a.data_ptr(), b.data_ptr(), len(a))
         self.slots.add(slot)
         self.max_rank = max(self.max_rank, len(a))
 
@@ -48,7 +50,7 @@ class LoraTable:
         self._cells[slot] = 0
         for part in range(self.num_parts):
             self.weights.pop((slot, part), None)
-        self.max_rank = max((len(a) for a, _ in self.weights.values()), default=0)
+        self.max_rank = int(self._cells[:, :, 2].max())
 
 
 class LoraSegments:

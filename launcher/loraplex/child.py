@@ -87,7 +87,7 @@ class Child:
         if code == -signal.SIGKILL:
             return (
                 f"{self.name} was killed by SIGKILL: if nobody did this by hand, memory ran out (the machine's or the "
-                "container's): give it more, or lower --kv-memory-fraction, --num-kv-blocks or --adapter-memory-mb"
+                "container's): give it more, or lower --kv-memory-fraction, --num-kv-blocks or --adapter-host-memory"
             )
         if code < 0:
             return f"{self.name} was killed by {signal.Signals(-code).name}"

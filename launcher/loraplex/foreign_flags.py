@@ -9,6 +9,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "port": ("-p",),
     "lora_adapters": ("--lora-modules",),
     "max_resident_adapters": ("--max-loras",),
+    "adapter_device_memory": ("--adapter-memory-fraction",),
     "num_shard": ("--tensor-parallel-size",),
     "max_batch_size": ("--max-num-seqs",),
     "max_total_tokens": ("--max-model-len",),
@@ -50,7 +51,7 @@ IGNORED = (
     IgnoredFlag("--disable-crash-reports", "crashes are never reported to anybody", takes_value=False),
     IgnoredFlag("--max-image-fetch-size", "images are not served"),
     IgnoredFlag("--enable-lora", "LoRA adapters are always served", takes_value=False),
-    IgnoredFlag("--max-cpu-loras", "host memory for adapters is bounded in MiB (--adapter-memory-mb)"),
+    IgnoredFlag("--max-cpu-loras", "host memory for adapters is bounded in bytes (--adapter-host-memory)"),
 )
 
 # Settings of ours that nothing reads yet, with the reason; giving one is answered like a flag without effect.

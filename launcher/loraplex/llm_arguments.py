@@ -43,7 +43,7 @@ NO_MEANING = {
     "limit_mm_per_prompt": _TEXT_ONLY,
     "load_format": "safetensors are read, whatever this says",
     "lora_dtype": "adapters are computed in the model's type",
-    "max_cpu_loras": "host memory for adapters is bounded in MiB (adapter_memory_mb)",
+    "max_cpu_loras": "host memory for adapters is bounded in bytes (adapter_host_memory)",
     "max_seq_len_to_capture": "there are no CUDA graphs",
     "mm_processor_kwargs": _TEXT_ONLY,
     "served_model_name": "nothing is served by name",

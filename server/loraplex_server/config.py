@@ -48,7 +48,12 @@ class AdapterConfig:
     max_resident_adapters: int = setting(
         64, "adapters held ready for the model at a time; others wait in host memory", minimum=1
     )
-    adapter_memory_mb: int = setting(4096, "host memory for adapter weights, in MiB", minimum=1)
+    adapter_host_memory: str = setting(
+        "4GiB", "host memory for adapter weights: bytes (4GiB, 512MiB) or a share of the free memory (0.2)"
+    )
+    adapter_device_memory: str = setting(
+        "2GiB", "memory for the adapters that are ready for the model, in the same form; on a CPU it is host memory"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +80,9 @@ class EngineConfig:
     max_batch_prefill_tokens: int = setting(512, "prompt tokens computed in one step (chunked prefill)", minimum=1)
     max_batch_total_tokens: int = setting(0, "tokens of all running sequences; 0 means the KV cache's size", minimum=0)
     max_batch_size: int = setting(64, "most sequences in a step", minimum=1)
+    starvation_bound_s: float = setting(
+        5.0, "seconds in the queue after which a request goes before all others, and running ones may have to give way"
+    )
     cuda_memory_fraction: float = setting(1.0, "share of the GPU's memory allowed")
     num_threads: int = setting(0, "CPU threads of the engine; 0 means min(cores, 4), or OMP_NUM_THREADS", minimum=0)
     enable_prefill_logprobs: bool = setting(False, "allow log-probabilities of the prompt's tokens")

@@ -1,7 +1,10 @@
 """AdapterSlots: the adapters that are ready to compute with, and how a batch's tokens reach them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from loraplex_kernels.lora import LoraSegments, LoraTable
 from loraplex_models.forward import LoraBatch
@@ -12,6 +15,13 @@ if TYPE_CHECKING:
     from loraplex_models.decoder import CausalLM
 
 NO_SLOT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAdapter:
+    """An adapter's weights where and as the slots want them: linear's index, part, A [rank, in], B [out, rank]."""
+
+    modules: tuple[tuple[int, int, Tensor, Tensor], ...]
 
 
 class AdapterSlots:
@@ -30,16 +40,29 @@ class AdapterSlots:
         }
         self._last_route: tuple[tuple[int, ...], tuple[int, ...], LoraBatch | None] | None = None
 
-    def set(self, slot: int, weights: "AdapterWeights") -> None:
-        """Put an adapter into a slot, in place of what was there.
+    def prepare(self, weights: "AdapterWeights") -> PreparedAdapter:
+        """Check an adapter and bring it to the device; changes nothing here, so that any thread may call it.
 
         Raises ValueError when a module is unknown, a shape does not fit, or a weight is not finite.
         """
         self._check(weights)
-        self.clear(slot)
+        modules: list[tuple[int, int, Tensor, Tensor]] = []
         for module, (a, b) in weights.modules.items():
-            index, part = self._places[module]
-            self._tables[index].set(slot, part, a.to(self._device, self._dtype), b.to(self._device, self._dtype))
+            a = a.to(self._device, self._dtype).contiguous()
+            # The tables want a rank's row of B dense.
+            b = b.to(self._device, self._dtype).t().contiguous().t()
+            modules.append((*self._places[module], a, b))
+        return PreparedAdapter(tuple(modules))
+
+    def install(self, slot: int, adapter: PreparedAdapter) -> None:
+        """Put an adapter into a slot, in place of what was there; no weight is copied."""
+        self.clear(slot)
+        for index, part, a, b in adapter.modules:
+            self._tables[index].set(slot, part, a, b)
+
+    def set(self, slot: int, weights: "AdapterWeights") -> None:
+        """Prepare and install in one call. Raises ValueError as `prepare` does, and then changes nothing."""
+        self.install(slot, self.prepare(weights))
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""

@@ -28,7 +28,10 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """What an adapter adds: module name → A [rank, in] and B [out, rank], so that y += B(A x). On the CPU."""
+    """What an adapter adds: module name → A [rank, in] and B [out, rank], so that y += B(A x). On the CPU.
+
+    B is stored rank by rank, as the slots want it: `b.t()` is contiguous.
+    """
 
     digest: str
     rank: int  # the largest over the modules
@@ -70,7 +73,7 @@ class _WeightsFile:
 def _load_module(file: _WeightsFile, entry: ModuleEntry, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     a = file.read(entry.a_name)
     b = file.read(entry.b_name).mul(entry.scaling)
-    pair = a.to(dtype).contiguous(), b.to(dtype).contiguous()
+    pair = a.to(dtype).contiguous(), b.to(dtype).t().contiguous().t()
     for name, tensor in zip((entry.a_name, entry.b_name), pair, strict=True):
         if not torch.isfinite(tensor).all():
             raise ManifestError(f"tensor {shown(name)} with its scaling {entry.scaling:g} does not fit into {dtype}")

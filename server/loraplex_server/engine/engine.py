@@ -8,6 +8,7 @@ from loraplex_server.config import EngineConfig
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.block_manager import BlockManager
 from loraplex_server.engine.executor import Executor
+from loraplex_server.engine.memory import settle_adapter_budgets
 from loraplex_server.engine.scheduler import Progress, Scheduler
 from loraplex_server.engine.sequence import Sequence, new_sequence
 from loraplex_server.engine.stats import StatsCollector
@@ -24,8 +25,11 @@ class Engine:
 
     def __init__(self, config: EngineConfig, executor: Executor, *, num_kv_blocks: int, end_token_ids: frozenset[int]):
         self.blocks = BlockManager(num_kv_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        budgets = settle_adapter_budgets(config.adapters, config.device)
         self.adapters = AdapterManager(
-            config.adapters.max_resident_adapters, config.adapters.adapter_memory_mb * 1024 * 1024
+            config.adapters.max_resident_adapters,
+            host_budget_bytes=budgets.host_bytes,
+            device_budget_bytes=budgets.device_bytes,
         )
         self.scheduler = Scheduler(
             self.blocks,
@@ -33,6 +37,7 @@ class Engine:
             max_batch_size=config.max_batch_size,
             max_prefill_tokens=config.max_batch_prefill_tokens,
             end_token_ids=end_token_ids,
+            starvation_bound_s=config.starvation_bound_s,
         )
         self._executor = executor
         self._sequences: dict[str, Sequence] = {}
@@ -81,7 +86,7 @@ class Engine:
     def step(self) -> StepOutput | None:
         """Plan, execute, advance. None when nothing could run and there is nothing to say."""
         for load in self._executor.finished_loads():
-            self.adapters.loaded(load.digest, load.num_bytes, load.error)
+            self.adapters.finished(load)
         outputs, self._refused = self._refused, []
         outputs += [self._output(progress, None) for progress in self.scheduler.take_failed()]
         plan = self.scheduler.schedule()

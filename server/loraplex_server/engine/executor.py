@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from loraplex_server.engine.adapters.host_cache import HostLoad
+from loraplex_server.engine.adapters.host_cache import FinishedLoad
 from loraplex_server.engine.step import StepPlan
 from loraplex_server.engine.worker import StepResult, Worker
 
@@ -16,8 +16,8 @@ class Executor(Protocol):
     def collect(self) -> StepResult:
         """Wait for the result of the step launched last."""
 
-    def finished_loads(self) -> list[HostLoad]:
-        """Adapters that arrived in host memory, or failed to, since the last call; never waits."""
+    def finished_loads(self) -> list[FinishedLoad]:
+        """Loads of adapters, into host memory or onto the device, that ended since the last call; never waits."""
 
     def close(self) -> None:
         """Stop the ranks."""
@@ -40,8 +40,8 @@ class LocalExecutor:
         result, self._result = self._result, None
         return result
 
-    def finished_loads(self) -> list[HostLoad]:
-        """Adapters that arrived in host memory, or failed to, since the last call."""
+    def finished_loads(self) -> list[FinishedLoad]:
+        """Loads of adapters that ended since the last call."""
         return self._worker.host_cache.finished()
 
     def close(self) -> None:

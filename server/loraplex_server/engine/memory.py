@@ -1,14 +1,19 @@
 """Share out the memory that is left after the weights, and settle the limits that follow from it."""
 
+import re
 from dataclasses import dataclass
 
+import torch
+
 from loraplex_models.config import ModelConfig
-from loraplex_server.config import EngineConfig
+from loraplex_server.config import AdapterConfig, EngineConfig
 from loraplex_server.machine import look_at_machine
+
+UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 class NotEnoughMemory(RuntimeError):
-    """The KV cache would hold less than one useful request; the message gives the numbers and the flag."""
+    """A budget cannot be read, or holds less than one useful request; the message gives the numbers and the flag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,37 @@ class Limits:
     max_input_tokens: int
     max_total_tokens: int
     kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterBudgets:
+    """What the weights of all adapters may take in each tier."""
+
+    host_bytes: int
+    device_bytes: int
+
+
+def settle_adapter_budgets(config: AdapterConfig, device: str = "cpu") -> AdapterBudgets:
+    """Resolve the adapters' budgets, once. On a CPU both are host memory. Raises NotEnoughMemory."""
+    host_bytes = look_at_machine().memory_bytes
+    device_bytes = torch.cuda.mem_get_info()[1] if device == "cuda" else host_bytes
+    return AdapterBudgets(
+        host_bytes=num_bytes_of(config.adapter_host_memory, host_bytes, "--adapter-host-memory"),
+        device_bytes=num_bytes_of(config.adapter_device_memory, device_bytes, "--adapter-device-memory"),
+    )
+
+
+def num_bytes_of(text: str, whole_bytes: int, flag: str) -> int:
+    """Read a size: bytes with or without a unit (4GiB, 512MB), or a share of `whole_bytes` (0.2).
+
+    Raises NotEnoughMemory.
+    """
+    if re.fullmatch(r"0?\.\d+|1\.0*", text):
+        return int(float(text) * whole_bytes)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text)
+    if match is None or match[2].lower() not in UNITS:
+        raise NotEnoughMemory(f"{flag} is '{text}': give bytes with a unit (4GiB, 512MB) or a share (0.2)")
+    return int(float(match[1]) * UNITS[match[2].lower()])
 
 
 def settle_limits(config: EngineConfig, model: ModelConfig, kv_bytes_per_block: int) -> Limits:

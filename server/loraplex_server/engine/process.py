@@ -18,6 +18,7 @@ from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
 from loraplex_server.config import EngineConfig, ServeConfig
 from loraplex_server.control import ControlLine
+from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.executor import LocalExecutor
 from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_limits
@@ -46,6 +47,8 @@ LOADING_WAIT_S = 0.002
 WARM_UP_WAIT_S = 0.05
 # Loading is reported to the supervisor this often.
 PROGRESS_INTERVAL_S = 0.2
+# Adapters that the report at start names one by one.
+MAX_LISTED_ADAPTERS = 20
 
 
 def build_engine(config: EngineConfig, model: CausalLM, limits: Limits) -> Engine:
@@ -130,7 +133,7 @@ def run(config: ServeConfig, control: ControlLine) -> int:
         engine.load_adapter(spec)
     link = EngineLink(config.link_address)
     link.send(_ready(config.engine, model, limits))
-    control.send("ready", report=_capacity_report(config.engine, model, limits))
+    control.send("ready", report=_capacity_report(config.engine, model, limits, engine.adapters))
     try:
         _loop(engine, link, control, stopping)
     finally:
@@ -220,11 +223,10 @@ def _ready(config: EngineConfig, model: CausalLM, limits: Limits) -> EngineReady
     )
 
 
-def _capacity_report(config: EngineConfig, model: CausalLM, limits: Limits) -> list[str]:
+def _capacity_report(config: EngineConfig, model: CausalLM, limits: Limits, adapters: AdapterManager) -> list[str]:
     """What fits, in lines for a person."""
     mib = 1024 * 1024
     dtype = str(resolve_dtype(config.dtype, model.config.dtype)).removeprefix("torch.")
-    budget = config.adapters.adapter_memory_mb * mib
     lines = [
         f"engine: {dtype} on {resolve_device(config.device)}, {torch.get_num_threads()} threads, 1 rank",
         f"weights: {model.num_bytes / mib:.0f} MiB",
@@ -232,15 +234,17 @@ def _capacity_report(config: EngineConfig, model: CausalLM, limits: Limits) -> l
         f"{limits.num_kv_blocks * config.block_size} tokens, {limits.kv_bytes / mib:.0f} MiB; "
         f"requests up to {limits.max_input_tokens} + output = {limits.max_total_tokens} tokens",
     ]
-    used = 0
-    for source in config.adapters.sources:
-        used += source.num_bytes
-        lines.append(f"adapter '{source.adapter_id}': rank {source.rank}, {source.num_bytes / mib:.1f} MiB")
-    if config.adapters.sources:
-        largest = max(source.num_bytes for source in config.adapters.sources)
-        lines.append(
-            f"adapters: {len(config.adapters.sources)} known, {used / mib:.1f} of {budget / mib:.0f} MiB; "
-            f"{max(budget - used, 0) // largest} more of the largest one's size fit in memory, "
-            f"{config.adapters.max_resident_adapters} may run at a time"
-        )
+    sources = config.adapters.sources
+    lines += [
+        f"adapter '{source.adapter_id}': rank {source.rank}, {source.num_bytes / mib:.1f} MiB"
+        for source in sources[:MAX_LISTED_ADAPTERS]
+    ]
+    if len(sources) > MAX_LISTED_ADAPTERS:
+        lines.append(f"… and {len(sources) - MAX_LISTED_ADAPTERS} adapters more")
+    used = sum(source.num_bytes for source in sources)
+    lines.append(
+        f"adapters: {len(sources)} known, {used / mib:.1f} MiB; up to {adapters.host.budget_bytes / mib:.0f} MiB of "
+        f"weights in host memory, and of these {adapters.device.budget_bytes / mib:.0f} MiB or "
+        f"{config.adapters.max_resident_adapters} adapters ready to run; the others are read again when they are needed"
+    )
     return lines

@@ -1,24 +1,36 @@
 """Which sequences run in a step and how many tokens each: continuous batching with chunked prefill.
 
-The scheduler only decides. Running sequences go first: each decoding one gets a token, each half-read prompt its next
-chunk. What is left of the step's prefill budget goes to waiting sequences, oldest first. When blocks run out the
-youngest running sequence is preempted: it gives everything back and is computed again later. The oldest one is never
-preempted for a younger one, so it always moves on, and a request that fits the whole cache (checked at admission)
-cannot deadlock.
+The scheduler only decides. Every decoding sequence gets a token. The step's prefill budget goes to half-read prompts
+and to waiting sequences in the order of FairQueue: the tenant that was served least is next. A sequence whose adapter
+is not on the device yet holds nothing and delays nobody; the adapters of those that wait are loaded ahead, in the same
+order. When blocks run out the youngest running sequence is preempted: it gives everything back and is computed again
+later. The oldest one is never preempted for a younger one, so it always moves on, and a request that fits the whole
+cache (checked at admission) cannot deadlock.
+
+A hard bound stands above fairness: a sequence that has waited longer than it comes before all others, and where it
+lacks a row, blocks or room for its adapter, sequences that have run for as long give way to it.
 """
 
 import time
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.block_manager import BlockManager
+from loraplex_server.engine.fair_queue import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST, FairQueue, Lane
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.engine.step import RowStart, ScheduledSequence, StepPlan
 from loraplex_server.messages import FinishReason
 
-# A sequence that waits for an adapter slot may be overtaken this often; then nothing else starts before it.
-MAX_TIMES_OVERTAKEN = 64
+# A waiting sequence lets idle adapters of later ones stay on the device for so long, to have them used before they go.
+AFFINITY_S = 0.2
+# A sequence gives way to an overdue one only after it has generated so many tokens in this turn.
+MIN_TURN_TOKENS = 16
+
+# Whose turn it is: overdue before all others (0), then the tenant's counter, then the order of arrival.
+Turn = tuple[int, float, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +54,21 @@ class Scheduler:
         max_batch_size: int,
         max_prefill_tokens: int,
         end_token_ids: frozenset[int],
+        starvation_bound_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._blocks = blocks
         self._adapters = adapters
         self._max_prefill_tokens = max_prefill_tokens
         self._end_token_ids = end_token_ids
+        self._starvation_bound_s = starvation_bound_s
         self._clock = clock
         self._free_rows = list(range(max_batch_size - 1, -1, -1))
         self._row_ends: list[int] = []
         self._step_id = 0
-        self.waiting: list[Sequence] = []  # by order of arrival
+        self._no_room: str | None = None  # the adapter that pressed in the last step and found no room
+        self._giving_way: str | None = None  # the adapter whose place an overdue one is to take
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []  # by order of arrival
         self.num_preemptions = 0
 
@@ -61,7 +77,8 @@ class Scheduler:
         digest = sequence.request.adapter_digest
         reason = self._adapters.expect(digest) if digest else None
         if reason is None:
-            self.waiting.append(sequence)
+            sequence.waiting_since = self._clock()
+            self.waiting.add(sequence)
         return reason
 
     def remove(self, sequence: Sequence) -> None:
@@ -77,39 +94,37 @@ class Scheduler:
     def take_failed(self) -> list[Progress]:
         """End the waiting sequences whose adapter could not be loaded."""
         failed: list[Progress] = []
-        for sequence in list(self.waiting):
-            digest = sequence.request.adapter_digest
-            error = self._adapters.error_of(digest) if digest else None
-            if error is not None:
-                self.remove(sequence)
-                message = f"adapter '{sequence.request.adapter_id}' could not be loaded: {error}"
-                failed.append(Progress(sequence, None, "error", message))
+        for digest, reason in self._adapters.take_failed():
+            for lane in self.waiting.lanes_of(digest):
+                for sequence in list(lane.sequences.values()):
+                    self.remove(sequence)
+                    message = f"adapter '{sequence.request.adapter_id}' could not be loaded: {reason}"
+                    failed.append(Progress(sequence, None, "error", message))
         return failed
 
     def schedule(self) -> StepPlan | None:
         """Decide the next step; None when there is nothing that could run now."""
+        now = self._clock()
+        self._make_way(now)
         decodes: list[ScheduledSequence] = []
         chunks: list[ScheduledSequence] = []
         starts: list[RowStart] = []
-        budget = self._max_prefill_tokens
+        half_read: list[Sequence] = []
         preemptions_before = self.num_preemptions
         for sequence in list(self.running):
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for an older one, earlier in this loop
-            is_decode = sequence.num_uncomputed_tokens == 1
-            count = 1 if is_decode else min(sequence.num_uncomputed_tokens, budget)
-            if count == 0:
+            if sequence.num_uncomputed_tokens > 1:
+                half_read.append(sequence)
                 continue
-            new_block_ids = self._extend(sequence, count)
-            if new_block_ids is None:
-                continue
-            if is_decode:
-                decodes.append(_scheduled(sequence, count, new_block_ids))
-            else:
-                chunks.append(_scheduled(sequence, count, new_block_ids))
-                budget -= count
-        if self.num_preemptions == preemptions_before:  # what was just given back is for those that run
-            self._admit(budget, decodes, chunks, starts)
+            new_block_ids = self._extend(sequence)
+            if new_block_ids is not None:
+                decodes.append(_scheduled(sequence, 1, new_block_ids))
+                self.waiting.charge(sequence.tenant, OUTPUT_TOKEN_COST)
+        # What was just given back is for those that run.
+        may_start = self.num_preemptions == preemptions_before
+        self._prefill(half_read, may_start, now, decodes, chunks, starts)
+        self._prefetch(now)
         if not (decodes or chunks or self._adapters.has_ops):
             return None
         decodes.sort(key=lambda s: s.slot)
@@ -154,35 +169,132 @@ class Scheduler:
             self.remove(sequence)
         return Progress(sequence, token_id, reason)
 
-    def _admit(
+    def _prefill(
         self,
-        budget: int,
+        half_read: list[Sequence],
+        may_start: bool,
+        now: float,
         decodes: list[ScheduledSequence],
         chunks: list[ScheduledSequence],
         starts: list[RowStart],
     ) -> None:
-        """Start waiting sequences, oldest first, while budget, rows, blocks and adapter slots last."""
-        skipped: list[Sequence] = []
-        for sequence in list(self.waiting):
-            if budget == 0 or not self._free_rows:
-                break
-            if any(other.times_overtaken >= MAX_TIMES_OVERTAKEN for other in skipped):
-                break
-            digest = sequence.request.adapter_digest
-            if digest is not None and not self._adapters.can_acquire(digest):
-                if self._adapters.is_loaded(digest):
-                    skipped.append(sequence)
+        """Spend the prefill budget on half-read prompts and on waiting sequences, each tenant in its turn."""
+        budget = self._max_prefill_tokens
+        turns: list[tuple[Turn, Sequence | Lane]] = [
+            (self._turn_of(s, now), s) for s in half_read if s.status is Status.RUNNING
+        ]
+        if may_start and self._free_rows and self.waiting:
+            turns += [(self._turn_of(lane, now), lane) for lane in self.waiting.lanes() if self._may_start(lane)]
+        heapify(turns)
+        while turns and budget:
+            turn, item = heappop(turns)
+            if (current := self._turn_of(item, now)) > turn:  # its tenant was served meanwhile
+                heappush(turns, (current, item))
                 continue
-            block_ids = self._hold_blocks(sequence)
-            if block_ids is None:
-                break  # the oldest comes first, or a long prompt would wait for ever
-            for other in skipped:
-                other.times_overtaken += 1
-            starts.append(self._start(sequence, block_ids))
+            if isinstance(item, Sequence):
+                sequence, new_block_ids = item, []
+            elif may_start and self._free_rows:
+                sequence = item.head
+                held = self._hold_blocks(sequence)
+                if held is None:
+                    may_start = False  # nobody passes, or a long prompt would wait for ever
+                    continue
+                new_block_ids = held
+                starts.append(self._start(sequence, held, now))
+                if item.sequences:
+                    heappush(turns, (self._turn_of(item, now), item))
+            else:
+                continue
             is_decode = sequence.num_uncomputed_tokens == 1
             count = min(sequence.num_uncomputed_tokens, budget)
             budget -= count
-            (decodes if is_decode else chunks).append(_scheduled(sequence, count, list(sequence.block_ids)))
+            (decodes if is_decode else chunks).append(_scheduled(sequence, count, list(new_block_ids)))
+            self._charge_prompt(sequence, sequence.num_computed_tokens + count)
+
+    def _charge_prompt(self, sequence: Sequence, end: int) -> None:
+        """Charge for the tokens up to `end`, except those of the cached head and those computed a second time."""
+        start = max(sequence.num_charged_tokens, sequence.num_computed_tokens)
+        if end > start:
+            self.waiting.charge(sequence.tenant, PROMPT_TOKEN_COST * (end - start))
+            sequence.num_charged_tokens = end
+
+    def _turn_of(self, item: Sequence | Lane, now: float) -> Turn:
+        served = self.waiting.served(item.tenant)
+        if isinstance(item, Sequence):
+            # Up to one step's budget a prompt keeps the turn it was begun in, so that short ones are read at once.
+            return (1, served - min(item.num_computed_tokens, self._max_prefill_tokens), item.order)
+        head = item.head
+        if now - head.waiting_since >= self._starvation_bound_s:
+            return (0, head.waiting_since, head.order)
+        return (1, served, head.order)
+
+    def _may_start(self, lane: Lane) -> bool:
+        """Whether the lane's adapter is there and no overdue one needs its place."""
+        if lane.digest is None or self._giving_way is None:
+            return self._is_ready(lane.digest)
+        is_in_use = self._adapters.is_pinned(lane.digest) and lane.digest != self._giving_way
+        return is_in_use and self._is_ready(lane.digest)
+
+    def _is_ready(self, digest: str | None) -> bool:
+        return digest is None or self._adapters.is_ready(digest)
+
+    def _prefetch(self, now: float) -> None:
+        """Have the adapters of the waiting sequences loaded, in the order of their turns."""
+        self._no_room = None
+        lanes = [lane for lane in self.waiting.lanes() if lane.digest is not None]
+        if all(self._is_ready(lane.digest) for lane in lanes):
+            return
+        lanes.sort(key=lambda lane: self._turn_of(lane, now))
+        wanted: dict[str, bool] = {}
+        for lane in lanes:
+            assert lane.digest is not None
+            wanted.setdefault(lane.digest, False)
+            wanted[lane.digest] |= now - lane.head.waiting_since >= AFFINITY_S
+        self._no_room = self._adapters.want(wanted)
+
+    def _make_way(self, now: float) -> None:
+        """Let the sequence that has waited longest beyond the bound have what it lacks, from those that have run."""
+        self._giving_way = None
+        overdue = [lane for lane in self.waiting.lanes() if now - lane.head.waiting_since >= self._starvation_bound_s]
+        if not overdue:
+            return
+        lane = min(overdue, key=lambda lane: self._turn_of(lane, now))
+        if not self._is_ready(lane.digest):
+            if lane.digest == self._no_room:
+                self._free_an_adapter(now)
+        elif not self._free_rows or not self._has_blocks_for(lane.head):
+            self._free_a_row(lane, now)
+
+    def _free_an_adapter(self, now: float) -> None:
+        """Let no more sequences start with the adapter that fewest run with; preempt these once each has had a turn."""
+        by_digest: dict[str, list[Sequence]] = {}
+        for sequence in self.running:
+            if sequence.request.adapter_digest is not None:
+                by_digest.setdefault(sequence.request.adapter_digest, []).append(sequence)
+        # Nobody runs with one: the idle ones are held back until the overdue one has come.
+        self._giving_way = min(by_digest, key=lambda digest: len(by_digest[digest]), default="")
+        runs = by_digest.get(self._giving_way, [])
+        if all(self._has_had_its_turn(s, now) for s in runs):
+            for sequence in reversed(runs):
+                self._preempt(sequence)
+
+    def _free_a_row(self, lane: Lane, now: float) -> None:
+        """Preempt one sequence of the tenant that was served most, if that is more than the waiting one's."""
+        served = self.waiting.served
+        candidates = [
+            s
+            for s in self.running
+            if served(s.tenant) > served(lane.tenant) and s.tenant != lane.tenant and self._has_had_its_turn(s, now)
+        ]
+        if candidates:
+            self._preempt(max(candidates, key=lambda s: (served(s.tenant), s.order)))
+
+    def _has_had_its_turn(self, sequence: Sequence, now: float) -> bool:
+        has_run = now - sequence.running_since >= self._starvation_bound_s
+        return has_run and len(sequence.token_ids) - sequence.num_tokens_at_start >= MIN_TURN_TOKENS
+
+    def _has_blocks_for(self, sequence: Sequence) -> bool:
+        return self._blocks.num_blocks_for(len(sequence.token_ids)) + len(self.running) <= self._blocks.num_free
 
     def _hold_blocks(self, sequence: Sequence) -> list[int] | None:
         """Blocks for all of a waiting sequence's tokens, its cached head first; None, holding none, if too few."""
@@ -200,19 +312,19 @@ class Scheduler:
         sequence.num_computed_tokens = len(head) * size
         return head + self._blocks.allocate(missing)
 
-    def _start(self, sequence: Sequence, block_ids: list[int]) -> RowStart:
+    def _start(self, sequence: Sequence, block_ids: list[int], now: float) -> RowStart:
         self.waiting.remove(sequence)
-        self.running.append(sequence)
-        self.running.sort(key=lambda s: s.order)
+        insort(self.running, sequence, key=lambda s: s.order)
+        sequence.running_since = now
+        sequence.num_tokens_at_start = len(sequence.token_ids)
         sequence.status = Status.RUNNING
         sequence.row = self._free_rows.pop()
         sequence.block_ids = block_ids
         sequence.num_committed_blocks = sequence.num_computed_tokens // self._blocks.block_size
-        sequence.times_overtaken = 0
         digest = sequence.request.adapter_digest
         sequence.slot = self._adapters.acquire(digest) if digest else -1
         if sequence.first_run_time is None:
-            sequence.first_run_time = self._clock()
+            sequence.first_run_time = now
             sequence.num_cached_tokens = sequence.num_computed_tokens
         return RowStart(
             row=sequence.row,
@@ -221,9 +333,9 @@ class Scheduler:
             num_output_tokens=sequence.num_output_tokens,
         )
 
-    def _extend(self, sequence: Sequence, count: int) -> list[int] | None:
-        """Blocks for `count` more tokens of a running sequence, preempting younger ones; None if it must go itself."""
-        needed = self._blocks.num_blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_ids)
+    def _extend(self, sequence: Sequence) -> list[int] | None:
+        """Blocks for one more token of a running sequence, preempting younger ones; None if it must go itself."""
+        needed = self._blocks.num_blocks_for(sequence.num_computed_tokens + 1) - len(sequence.block_ids)
         while needed > self._blocks.num_free:
             victim = self.running[-1]
             self._preempt(victim)
@@ -236,12 +348,13 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence, will_return=True)
         sequence.status = Status.WAITING
+        sequence.num_charged_tokens = max(sequence.num_charged_tokens, sequence.num_computed_tokens)
         sequence.num_computed_tokens = 0
         if sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs = [None]
             sequence.prompt_top_logprobs = sequence.prompt_top_logprobs[:1]
-        self.waiting.append(sequence)
-        self.waiting.sort(key=lambda s: s.order)
+        sequence.waiting_since = self._clock()
+        self.waiting.add(sequence)
         self.num_preemptions += 1
 
     def _stop(self, sequence: Sequence, *, will_return: bool = False) -> None:

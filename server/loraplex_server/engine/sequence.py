@@ -27,6 +27,7 @@ class Sequence:
 
     request: GenerateRequest
     order: int  # of arrival; the oldest is the last to be preempted
+    tenant: str  # with whom it shares its turn
     token_ids: list[int]
     num_prompt_tokens: int
     num_computed_tokens: int = 0
@@ -38,7 +39,10 @@ class Sequence:
     slot: int = -1
     status: Status = Status.WAITING
     first_run_time: float | None = None
-    times_overtaken: int = 0
+    waiting_since: float = 0.0  # the scheduler's clock
+    running_since: float = 0.0
+    num_tokens_at_start: int = 0  # when it began to run, last time
+    num_charged_tokens: int = 0  # tokens of the prompt (and after a preemption of the output) that were paid for
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[list[TopLogprob]] = field(default_factory=list)
 
@@ -75,6 +79,7 @@ def new_sequence(request: GenerateRequest, order: int) -> Sequence:
     return Sequence(
         request=request,
         order=order,
+        tenant=(request.adapter_id or "") if request.tenant is None else request.tenant,
         token_ids=list(request.prompt_token_ids),
         num_prompt_tokens=len(request.prompt_token_ids),
         prompt_logprobs=[None] if request.sampling.prompt_logprobs else None,

@@ -1,6 +1,7 @@
 """Counts and times of the steps since the last report, for metrics and the log."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.block_manager import BlockManager
@@ -72,8 +73,8 @@ class StatsCollector:
 
 def _waits_for_adapter(sequence: Sequence, adapters: AdapterManager) -> bool:
     digest = sequence.request.adapter_digest
-    return digest is not None and not adapters.is_loaded(digest)
+    return digest is not None and not adapters.is_ready(digest)
 
 
-def _adapter_counts(sequences: list[Sequence]) -> dict[str, int]:
+def _adapter_counts(sequences: Iterable[Sequence]) -> dict[str, int]:
     return dict(Counter(s.request.adapter_id for s in sequences if s.request.adapter_id))

@@ -52,10 +52,10 @@ class Worker:
         sampler: Sampler,
         device: torch.device,
     ):
-        self.host_cache = HostCache(read_adapter)
         self._model = model
         self._kv_cache = model.new_kv_cache(num_kv_blocks, block_size)
         self._slots = AdapterSlots(model, num_slots)
+        self.host_cache = HostCache(read_adapter, self._slots.prepare)
         self._sampler = sampler
         max_blocks = -(-max_total_tokens // block_size)
         self._builder = BatchBuilder(max_batch_size, max_blocks, block_size, self._slots, device)
@@ -84,8 +84,10 @@ class Worker:
                 self.host_cache.load(operation.digest, operation.path)
             case "host_evict":
                 self.host_cache.evict(operation.digest)
+            case "device_load":
+                self.host_cache.prepare(operation.digest)
             case "slot_load":
-                self._slots.set(operation.slot, self.host_cache.get(operation.digest))
+                self._slots.install(operation.slot, self.host_cache.take_prepared(operation.digest))
             case "slot_clear":
                 self._slots.clear(operation.slot)
 

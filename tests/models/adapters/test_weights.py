@@ -106,10 +106,10 @@ def test_stored_dtypes_are_cast_after_the_scaling(stored: torch.dtype, served: t
     torch.testing.assert_close(b, (tensors[f"{name}.lora_B.weight"].float() * 0.75).to(served), rtol=0, atol=0)
 
 
-def test_tensors_are_contiguous_and_their_memory_is_their_own(tmp_path: Path) -> None:
+def test_each_ranks_rows_are_dense_and_the_memory_is_their_own(tmp_path: Path) -> None:
     weights = load(write_adapter(tmp_path))
-    for pair in weights.modules.values():
-        for tensor in pair:
+    for a, b in weights.modules.values():
+        for tensor in (a, b.t()):
             assert tensor.is_contiguous()
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
     assert weights.num_bytes == sum(tensor.nbytes for tensor in lora_tensors().values())

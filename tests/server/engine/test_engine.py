@@ -6,7 +6,7 @@ import pytest
 
 from loraplex_server.config import AdapterConfig, EngineConfig
 from loraplex_server.engine import engine as engine_module
-from loraplex_server.engine.adapters.host_cache import HostLoad
+from loraplex_server.engine.adapters.host_cache import FinishedLoad
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.step import StepPlan
 from loraplex_server.engine.worker import RowResult, StepResult
@@ -23,19 +23,21 @@ class ScriptedExecutor:
         self.token_id = token_id
         self.load_error = load_error
         self.plans: list[StepPlan] = []
-        self._loads: list[HostLoad] = []
+        self._loads: list[FinishedLoad] = []
 
     def launch(self, plan: StepPlan) -> None:
         self.plans.append(plan)
         for operation in plan.adapter_ops:
             if operation.kind == "host_load":
-                self._loads.append(HostLoad(operation.digest, 1, self.load_error))
+                self._loads.append(FinishedLoad(operation.digest, "host", 1, self.load_error))
+            elif operation.kind == "device_load":
+                self._loads.append(FinishedLoad(operation.digest, "device", 1, None))
 
     def collect(self) -> StepResult:
         sequences = self.plans[-1].sequences
         return StepResult({s.row: RowResult(self.token_id, -0.5) for s in sequences if s.samples}, 0.25, 0.125)
 
-    def finished_loads(self) -> list[HostLoad]:
+    def finished_loads(self) -> list[FinishedLoad]:
         loads, self._loads = self._loads, []
         return loads
 

@@ -3,11 +3,12 @@ import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
 from loraplex_models.adapters.manifest import ManifestError
-from loraplex_server.engine.adapters.host_cache import HostCache, HostLoad
+from loraplex_server.engine.adapters.host_cache import FinishedLoad, HostCache
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def cache_of() -> Iterator[Callable[[Callable[[str], Any]], HostCache]]:
     caches: list[HostCache] = []
 
     def make(read: Callable[[str], Any]) -> HostCache:
-        caches.append(HostCache(read))
+        caches.append(HostCache(read, prepare))
         return caches[-1]
 
     yield make
@@ -23,12 +24,18 @@ def cache_of() -> Iterator[Callable[[Callable[[str], Any]], HostCache]]:
         cache.close()
 
 
+def prepare(weights: Any) -> Any:
+    if weights.digest == "misfit":
+        raise ValueError("'x' is [1, 2]")
+    return f"prepared {weights.digest}"
+
+
 def weights(digest: str) -> Any:
     return SimpleNamespace(digest=digest, num_bytes=5)
 
 
-def finished(cache: HostCache, count: int = 1) -> list[HostLoad]:
-    loads: list[HostLoad] = []
+def finished(cache: HostCache, count: int = 1) -> list[FinishedLoad]:
+    loads: list[FinishedLoad] = []
     while len(loads) < count:
         loads += cache.finished()
         time.sleep(0.001)
@@ -45,7 +52,7 @@ def failing(error: Exception) -> Callable[[str], Any]:
 def test_weights_are_there_once_they_were_reported(cache_of: Callable[..., HostCache]) -> None:
     cache = cache_of(lambda path: weights(path.upper()))
     cache.load("A", "a")
-    assert finished(cache) == [HostLoad("A", 5, None)]
+    assert finished(cache) == [FinishedLoad("A", "host", 5, None, ANY)]
     assert cache.get("A").digest == "A"
     assert cache.finished() == []
     cache.evict("A")
@@ -88,3 +95,24 @@ def test_a_failed_read_has_its_reason_and_leaves_nothing(
     assert load.error is not None and reason in load.error and "somebody" not in load.error
     with pytest.raises(KeyError):
         cache.get("d")
+
+
+def test_what_was_prepared_is_handed_over_once_and_the_weights_stay(cache_of: Callable[..., HostCache]) -> None:
+    cache = cache_of(weights)
+    cache.load("A", "A")
+    finished(cache)
+    cache.prepare("A")
+    assert finished(cache) == [FinishedLoad("A", "device", 5, None, ANY)]
+    assert cache.take_prepared("A") == "prepared A"
+    assert cache.get("A").digest == "A"
+    with pytest.raises(KeyError):
+        cache.take_prepared("A")
+
+
+def test_weights_that_do_not_fit_the_model_fail_with_the_reason(cache_of: Callable[..., HostCache]) -> None:
+    cache = cache_of(weights)
+    cache.load("misfit", "misfit")
+    finished(cache)
+    cache.prepare("misfit")
+    (load,) = finished(cache)
+    assert load.tier == "device" and "'x' is [1, 2]" in (load.error or "")

@@ -16,7 +16,7 @@ from mixes import MixRequest, play
 from tiny_models import make_peft_adapter, make_tiny_llama
 from truth import Truth
 
-from loraplex_models.adapters.slots import AdapterSlots
+from loraplex_models.adapters.slots import AdapterSlots, PreparedAdapter
 from loraplex_server.engine import sequence as sequence_module
 from loraplex_server.engine.block_manager import root_hash
 
@@ -103,12 +103,12 @@ def _next_slots_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, seen = AdapterSlots.set, {}
+    plain, seen = AdapterSlots.install, {}
 
-    def keep_first(self: AdapterSlots, slot: int, weights):
-        plain(self, slot, seen.setdefault((id(self), slot), weights))
+    def keep_first(self: AdapterSlots, slot: int, adapter: PreparedAdapter):
+        plain(self, slot, seen.setdefault((id(self), slot), adapter))
 
-    monkeypatch.setattr(AdapterSlots, "set", keep_first)
+    monkeypatch.setattr(AdapterSlots, "install", keep_first)
 
 
 @pytest.mark.parametrize("plant", [_hash_without_adapter, _next_slots_weights, _stale_slot])

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraplex_server.engine.adapters.host_cache import FinishedLoad
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.block_manager import BlockManager
 from loraplex_server.engine.scheduler import Scheduler
@@ -23,9 +24,18 @@ class Bench:
     gives a wrong answer here as it would in a real model.
     """
 
-    def __init__(self, num_blocks: int = 12, *, max_batch_size: int = 4, budget: int = 8, num_slots: int = 2):
+    def __init__(
+        self,
+        num_blocks: int = 12,
+        *,
+        max_batch_size: int = 4,
+        budget: int = 8,
+        num_slots: int = 2,
+        starvation_bound_s: float = 50.0,
+    ):
         self.blocks = BlockManager(num_blocks, SIZE)
-        self.adapters = AdapterManager(num_slots, 10**9)
+        self.adapters = AdapterManager(num_slots, host_budget_bytes=10**9, device_budget_bytes=10**9)
+        self.now = 0.0  # a step takes a second
         for digest in "abc":
             self.adapters.register(AdapterSpec(adapter_id=digest, digest=digest, path="", rank=1, num_bytes=1))
         self.scheduler = Scheduler(
@@ -34,10 +44,13 @@ class Bench:
             max_batch_size=max_batch_size,
             max_prefill_tokens=budget,
             end_token_ids=frozenset({END}),
+            starvation_bound_s=starvation_bound_s,
+            clock=lambda: self.now,
         )
         self.cells: dict[int, tuple[int, int, str | None]] = {}
         self.tables: dict[int, list[int]] = {}
         self.slots: dict[int, str] = {}
+        self.in_memory: set[str] = set()
         self.order = 0
         self.plans: list = []
 
@@ -55,14 +68,22 @@ class Bench:
         return sequence
 
     def step(self) -> bool:
+        self.now += 1
         plan = self.scheduler.schedule()
         if plan is None:
             return False
         self.plans.append(plan)
         for op in plan.adapter_ops:
             match op.kind:
+                case "host_load":
+                    assert op.digest not in self.in_memory
+                    self.in_memory.add(op.digest)
+                case "host_evict":
+                    self.in_memory.remove(op.digest)
+                case "device_load":
+                    assert op.digest in self.in_memory
                 case "slot_load":
-                    assert op.slot not in self.slots
+                    assert op.slot not in self.slots and op.digest in self.in_memory
                     self.slots[op.slot] = op.digest
                 case "slot_clear":
                     assert self.slots.pop(op.slot) == op.digest
@@ -86,10 +107,11 @@ class Bench:
             if planned.samples:
                 sampled[planned.row] = answer([c[0] for c in context], adapter)
         for op in plan.adapter_ops:
-            if op.kind == "host_load":
-                self.adapters.loaded(op.digest, 1, None)
+            if op.kind in ("host_load", "device_load"):
+                self.adapters.finished(FinishedLoad(op.digest, "host" if op.kind == "host_load" else "device", 1, None))
         self.scheduler.advance(plan, sampled)
         self.blocks.check_integrity()
+        self.adapters.check_integrity()
         return True
 
     def run(self, max_steps: int = 2000) -> None:
@@ -203,7 +225,7 @@ def test_a_shared_head_is_computed_once_per_adapter():
 def test_removing_a_sequence_frees_its_blocks_row_and_pin_at_once():
     bench = Bench()
     running = bench.add([3] * 6, "a")
-    for _ in range(2):
+    for _ in range(3):
         bench.step()
     assert running.status is Status.RUNNING
     waiting = bench.add([3] * 6, "b")
@@ -218,7 +240,7 @@ def test_a_failed_adapter_ends_its_waiting_sequences_and_no_other():
     doomed = bench.add([3] * 4, "a")
     other = bench.add([3] * 4)
     bench.scheduler.schedule()
-    bench.adapters.loaded("a", 0, "file gone")
+    bench.adapters.finished(FinishedLoad("a", "host", 0, "file gone"))
     failed = bench.scheduler.take_failed()
     assert [p.sequence for p in failed] == [doomed] and "file gone" in (failed[0].error or "")
     assert other.status is Status.RUNNING
