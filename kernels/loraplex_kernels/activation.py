@@ -3,19 +3,40 @@
 from torch import Tensor
 
 from loraplex_kernels.cpu import activation as _cpu
+from loraplex_kernels.dispatch import on_gpu
+from loraplex_kernels.lora_pages import RowDelta
 from loraplex_kernels.reference import activation as _reference
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up; `gate_up` [T, 2 * size], dense, holds the gate first. Returns [T, size]."""
-    return _cpu.silu_and_mul(gate_up) if gate_up.is_cpu else _reference.silu_and_mul(gate_up)
+def silu_and_mul(gate_up: Tensor, delta: RowDelta | None = None) -> Tensor:
+    """Return silu(gate) * up; `gate_up` [T, 2 * size], dense, holds the gate first. Returns [T, size].
+
+    With `delta` it is added to `gate_up` first; it has two parts, gate and up, or one for both.
+    """
+    if on_gpu(gate_up):
+        from loraplex_kernels.gpu import activation as _gpu  # Triton exists on GPU machines only
+
+        return _gpu.silu_and_mul(gate_up, delta)
+    if delta is not None:
+        return _reference.silu_and_mul(gate_up, delta)
+    return _cpu.silu_and_mul(gate_up)
 
 
-def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
-    """Return gelu(gate) * up with gelu's tanh form; `gate_up` [T, 2 * size] as in `silu_and_mul`. Returns [T, size]."""
-    return _cpu.gelu_tanh_and_mul(gate_up) if gate_up.is_cpu else _reference.gelu_tanh_and_mul(gate_up)
+def gelu_tanh_and_mul(gate_up: Tensor, delta: RowDelta | None = None) -> Tensor:
+    """Return gelu(gate) * up with gelu's tanh form; arguments as in `silu_and_mul`. Returns [T, size]."""
+    if on_gpu(gate_up):
+        from loraplex_kernels.gpu import activation as _gpu  # Triton exists on GPU machines only
+
+        return _gpu.gelu_tanh_and_mul(gate_up, delta)
+    if delta is not None:
+        return _reference.gelu_tanh_and_mul(gate_up, delta)
+    return _cpu.gelu_tanh_and_mul(gate_up)
 
 
-def gelu_and_mul(gate_up: Tensor) -> Tensor:
-    """Return gelu(gate) * up with the exact gelu; `gate_up` [T, 2 * size] as in `silu_and_mul`. Returns [T, size]."""
-    return _reference.gelu_and_mul(gate_up)
+def gelu_and_mul(gate_up: Tensor, delta: RowDelta | None = None) -> Tensor:
+    """Return gelu(gate) * up with the exact gelu; arguments as in `silu_and_mul`. Returns [T, size]."""
+    if on_gpu(gate_up):
+        from loraplex_kernels.gpu import activation as _gpu  # Triton exists on GPU machines only
+
+        return _gpu.gelu_and_mul(gate_up, delta)
+    return _reference.gelu_and_mul(gate_up, delta)

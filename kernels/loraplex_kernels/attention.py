@@ -5,6 +5,7 @@ from torch import Tensor
 
 from loraplex_kernels.cpu import attention as _cpu
 from loraplex_kernels.cpu import decode as _cpu_decode
+from loraplex_kernels.dispatch import on_gpu
 from loraplex_kernels.reference import attention as _reference
 
 
@@ -54,12 +55,47 @@ def decode_attention(
     num_kv_heads: int,
     scale: float,
     window: int,
+    cap: float | None = None,
 ) -> Tensor:
     """Let each of P sequences' one query attend to its cached keys, of which it sees the last `window`.
 
     queries: [P, num_heads * head_dim], rows may be apart; cache: [cells, 2 * num_kv_heads * head_dim], keys first;
     block_table: [P, max_blocks] int32, dense, the blocks of each sequence in order; seq_lens: [P] int32, keys of each,
-    1 or more. Head h reads key head h // (num_heads / num_kv_heads). Returns [P, num_heads * head_dim].
+    1 or more (on a GPU 0 gives zeros). Head h reads key head h // (num_heads / num_kv_heads). With `cap` a score s is
+    bent to cap * tanh(s / cap). Returns [P, num_heads * head_dim].
     """
-    operation = _cpu_decode.decode_attention if cache.is_cpu else _reference.decode_attention
-    return operation(queries, cache, block_table, seq_lens, block_size, num_kv_heads, scale, window)
+    if on_gpu(cache):
+        from loraplex_kernels.gpu import attention as _gpu  # Triton exists on GPU machines only
+
+        return _gpu.decode_attention(
+            queries, cache, block_table, seq_lens, block_size, num_kv_heads, scale, window, cap
+        )
+    if cap is None:
+        return _cpu_decode.decode_attention(
+            queries, cache, block_table, seq_lens, block_size, num_kv_heads, scale, window
+        )
+    return _reference.decode_attention(
+        queries, cache, block_table, seq_lens, block_size, num_kv_heads, scale, window, cap
+    )
+
+
+def chunk_attention(
+    queries: Tensor, cache: Tensor, block_table: Tensor, query_start: Tensor, seq_lens: Tensor,
+    *, max_query_len: int, block_size: int, num_kv_heads: int, scale: float, window: int, cap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Let the queries of P sequences attend straight to their blocks: a query sees keys up to its own position.
+
+    queries: [T, num_heads * head_dim], rows may be apart, the last of each sequence's tokens; query_start: [P + 1]
+    int32, where each sequence's rows start; no sequence has more than `max_query_len`. The rest as in
+    `decode_attention`. Rows of no sequence hold no meaning. Returns [T, num_heads * head_dim].
+    """
+    if on_gpu(cache):
+        from loraplex_kernels.gpu import attention as _gpu  # Triton exists on GPU machines only
+
+        return _gpu.chunk_attention(
+            queries, cache, block_table, query_start, seq_lens,
+            max_query_len, block_size, num_kv_heads, scale, window, cap,
+        )  # fmt: skip
+    return _reference.chunk_attention(
+        queries, cache, block_table, query_start, seq_lens, block_size, num_kv_heads, scale, window, cap
+    )

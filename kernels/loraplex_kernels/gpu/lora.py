@@ -11,9 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from loraplex_kernels.lora_pages import LayerPages, RowTiles
+from loraplex_kernels.gpu.delta import delta_arguments, rank_of
 
+if TYPE_CHECKING:
+    from loraplex_kernels.lora_pages import LinearPages, RowDelta, RowTiles
+
+PAGE_RANKS = 8
 RANK_BLOCK = 16
 # Programs of one tile and part that share its rank blocks: adapters of up to 64 ranks take one turn each.
 RANK_GROUPS = 4
@@ -23,7 +26,8 @@ DECODE_COLUMNS, PREFILL_COLUMNS = 256, 128
 
 @triton.jit
 def _shrink(
-    x, x_stride, a, page_stride, page_table, most_pages, ranks, starts, counts, slots, num_tiles, planes,
+    x, x_stride, pages, page_table, slot_stride, most_pages, ranks, rank_stride,
+    starts, counts, slots, num_tiles, planes,
     num_rows, in_size, split_size, max_rank,
     PARTS: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr,
     ROWS: tl.constexpr, RANKS: tl.constexpr, INPUTS: tl.constexpr,
@@ -35,7 +39,7 @@ def _shrink(
     if tile >= tl.load(num_tiles):
         return
     slot = tl.load(slots + tile)
-    rank = tl.load(ranks + slot * PARTS + part)
+    rank = tl.load(ranks + slot * rank_stride + part)
     place = tl.arange(0, ROWS)
     row = tl.load(starts + tile) + place
     is_row = place < tl.load(counts + tile)
@@ -43,8 +47,9 @@ def _shrink(
     last = tl.minimum(first + split_size, in_size)
     for first_rank in range(group * RANKS, rank, GROUPS * RANKS):
         r = first_rank + tl.arange(0, RANKS)
-        page = tl.load(page_table + slot * most_pages + r // PAGE, mask=r < rank, other=0).to(tl.int64)
-        a_row = a + page * page_stride + (part * PAGE + r % PAGE) * in_size
+        page = tl.load(page_table + slot * slot_stride + part * most_pages + r // PAGE, mask=r < rank, other=0)
+        page = tl.multiple_of(page, PAGE)
+        a_row = pages + page + r % PAGE * in_size
         h = tl.zeros((ROWS, RANKS), tl.float32)
         for start in range(first, last, INPUTS):
             i = start + tl.arange(0, INPUTS)
@@ -58,9 +63,10 @@ def _shrink(
 
 @triton.jit
 def _expand(
-    planes, b, page_stride, page_table, most_pages, ranks, starts, counts, slots, num_tiles, blocks, delta,
-    plane_size, out_size, max_rank,
-    PARTS: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    planes, pages, page_table, slot_stride, most_pages, ranks, rank_stride,
+    starts, counts, slots, num_tiles, blocks, borders, delta,
+    plane_size, in_size, out_size, max_rank,
+    PARTS: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, RANKS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -69,10 +75,12 @@ def _expand(
         return
     # A block of columns lies within one part.
     part = tl.load(blocks + 3 * block)
-    column = tl.load(blocks + 3 * block + 1) + tl.arange(0, OUTPUTS)
-    is_column = column < tl.load(blocks + 3 * block + 2)
+    part_start = tl.multiple_of(tl.load(borders + part), ALIGN)
+    part_end = tl.multiple_of(tl.load(blocks + 3 * block + 2), ALIGN)
+    column = tl.multiple_of(tl.load(blocks + 3 * block + 1), ALIGN) + tl.arange(0, OUTPUTS)
+    is_column = column < part_end
     slot = tl.load(slots + tile)
-    rank = tl.load(ranks + slot * PARTS + part)
+    rank = tl.load(ranks + slot * rank_stride + part)
     if rank == 0:
         return
     place = tl.arange(0, ROWS)
@@ -86,8 +94,9 @@ def _expand(
         h = tl.zeros((ROWS, RANKS), tl.float32)
         for split in tl.static_range(SPLITS):
             h += tl.load(planes + cell + split * plane_size, mask=is_cell, other=0.0)
-        page = tl.load(page_table + slot * most_pages + r // PAGE, mask=r < rank, other=0).to(tl.int64)
-        b_row = b + page * page_stride + (r % PAGE) * out_size
+        page = tl.load(page_table + slot * slot_stride + part * most_pages + r // PAGE, mask=r < rank, other=0)
+        page = tl.multiple_of(page, PAGE)
+        b_row = pages + page + PAGE * in_size + r % PAGE * (part_end - part_start) - part_start
         weights = tl.load(b_row[:, None] + column[None, :], mask=(r < rank)[:, None] & is_column[None, :], other=0.0)
         total = tl.dot(h.to(weights.dtype), weights, total, input_precision="ieee")
     out = delta + row.to(tl.int64)[:, None] * out_size + column[None, :]
@@ -95,37 +104,34 @@ def _expand(
 
 
 @triton.jit
-def _add(out, delta, row_slots, ranks, blocks, out_size, PARTS: tl.constexpr, OUTPUTS: tl.constexpr):
+def _add(out, delta, row_slots, ranks, rank_stride, blocks, out_size, ALIGN: tl.constexpr, OUTPUTS: tl.constexpr):
     row = tl.program_id(0)
     block = tl.program_id(1)
-    slot = tl.load(row_slots + row)
-    if slot < 0:
+    if rank_of(row_slots, ranks, rank_stride, row, tl.load(blocks + 3 * block)) == 0:
         return
-    if tl.load(ranks + slot * PARTS + tl.load(blocks + 3 * block)) == 0:
-        return
-    column = tl.load(blocks + 3 * block + 1) + tl.arange(0, OUTPUTS)
+    column = tl.multiple_of(tl.load(blocks + 3 * block + 1), ALIGN) + tl.arange(0, OUTPUTS)
     is_column = column < tl.load(blocks + 3 * block + 2)
     cell = row.to(tl.int64) * out_size + column
     total = tl.load(out + cell, mask=is_column).to(tl.float32) + tl.load(delta + cell, mask=is_column).to(tl.float32)
     tl.store(out + cell, total.to(out.dtype.element_ty), mask=is_column)
 
 
-def shrink_rows(x: Tensor, pages: "LayerPages", tiles: "RowTiles", num_splits: int | None = None) -> Tensor:
+def shrink_rows(x: Tensor, pages: "LinearPages", tiles: "RowTiles", num_splits: int | None = None) -> Tensor:
     num_rows, in_size = x.shape
-    num_parts = len(pages.part_sizes)
+    num_parts, max_rank, most_tiles = len(pages.part_sizes), pages.max_rank, len(tiles.starts)
     block = 128 if tiles.tile_rows <= DECODE_ROWS else 64
     if num_splits is None:
-        num_splits = splits_for(in_size, tiles.tile_rows, len(tiles.starts))
+        num_splits = splits_for(in_size, tiles.tile_rows, most_tiles)
     split_size = -(-in_size // (num_splits * block)) * block
     num_splits = -(-in_size // split_size)
-    planes = torch.empty(num_splits, num_rows, num_parts, pages.max_rank, dtype=torch.float32, device=x.device)
-    if len(tiles.starts) == 0:
+    planes = torch.empty(num_splits, num_rows, num_parts, max_rank, dtype=torch.float32, device=x.device)
+    if most_tiles == 0:
         return planes
-    groups = min(RANK_GROUPS, -(-pages.max_rank // RANK_BLOCK))
-    _shrink[(len(tiles.starts), num_parts * groups, num_splits)](
-        x, x.stride(0), pages.a, pages.a.stride(0), pages.page_table, pages.page_table.shape[1], pages.ranks,
-        tiles.starts, tiles.counts, tiles.slots, tiles.num_tiles, planes, num_rows, in_size, split_size, pages.max_rank,
-        PARTS=num_parts, PAGE=pages.a.shape[2], GROUPS=groups,
+    groups = min(RANK_GROUPS, -(-max_rank // RANK_BLOCK))
+    _shrink[(most_tiles, num_parts * groups, num_splits)](
+        x, x.stride(0), *_table_arguments(pages), tiles.starts, tiles.counts, tiles.slots, tiles.num_tiles,
+        planes, num_rows, in_size, split_size, max_rank,
+        PARTS=num_parts, PAGE=PAGE_RANKS, GROUPS=groups,
         ROWS=tiles.tile_rows, RANKS=RANK_BLOCK, INPUTS=block, num_warps=4, num_stages=3,
     )  # fmt: skip
     return planes
@@ -139,24 +145,40 @@ def splits_for(in_size: int, tile_rows: int, num_tiles: int) -> int:
     return max(1, min(wanted, in_size // 128))
 
 
-def expand_rows(h: Tensor, pages: "LayerPages", tiles: "RowTiles", delta: Tensor) -> None:
-    if len(tiles.starts) == 0:
+def expand_rows(h: Tensor, pages: "LinearPages", tiles: "RowTiles", delta: Tensor) -> None:
+    most_tiles = len(tiles.starts)
+    if most_tiles == 0:
         return
     num_splits, num_rows, num_parts, max_rank = h.shape
     width = DECODE_COLUMNS if tiles.tile_rows <= DECODE_ROWS else PREFILL_COLUMNS
-    _expand[(len(tiles.starts), len(pages.blocks[width]))](
-        h, pages.b, pages.b.stride(0), pages.page_table, pages.page_table.shape[1], pages.ranks,
-        tiles.starts, tiles.counts, tiles.slots, tiles.num_tiles, pages.blocks[width], delta,
-        num_rows * num_parts * max_rank, delta.shape[1], max_rank,
-        PARTS=num_parts, PAGE=pages.b.shape[1], SPLITS=num_splits,
+    blocks = pages.blocks[width]
+    _expand[(most_tiles, len(blocks))](
+        h, *_table_arguments(pages), tiles.starts, tiles.counts, tiles.slots, tiles.num_tiles, blocks, pages.borders,
+        delta, num_rows * num_parts * max_rank, pages.in_size, delta.shape[1], max_rank,
+        PARTS=num_parts, PAGE=PAGE_RANKS, ALIGN=_alignment(pages), SPLITS=num_splits,
         ROWS=tiles.tile_rows, RANKS=RANK_BLOCK, OUTPUTS=width, num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
-def add_rows(out: Tensor, delta: Tensor, pages: "LayerPages", tiles: "RowTiles") -> None:
-    width = DECODE_COLUMNS
+def add_rows(out: Tensor, delta: "RowDelta") -> None:
     if len(out):
-        _add[(len(out), len(pages.blocks[width]))](
-            out, delta, tiles.row_slots, pages.ranks, pages.blocks[width], out.shape[1],
-            PARTS=len(pages.part_sizes), OUTPUTS=width, num_warps=2,
-        )  # fmt: skip
+        blocks = delta.pages.blocks[DECODE_COLUMNS]
+        _add[(len(out), len(blocks))](
+            out,
+            *delta_arguments(delta, out),
+            blocks,
+            out.shape[1],
+            ALIGN=_alignment(delta.pages),
+            OUTPUTS=DECODE_COLUMNS,
+            num_warps=2,
+        )
+
+
+def _alignment(pages: "LinearPages") -> int:
+    """What all parts' columns are multiples of: with 16, loads are as wide as they can be."""
+    return 16 if all(size % 16 == 0 for size in pages.part_sizes) else 1
+
+
+def _table_arguments(pages: "LinearPages") -> tuple[Tensor, Tensor, int, int, Tensor, int]:
+    table, ranks = pages.page_table, pages.ranks
+    return pages.cells, table, table.stride(0), table.shape[2], ranks, ranks.stride(0)

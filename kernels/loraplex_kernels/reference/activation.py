@@ -1,19 +1,26 @@
 """Gated activations in plain torch."""
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from loraplex_kernels.reference.lora_pages import with_delta
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate).mul_(up)
-
-
-def gelu_tanh_and_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, -1)
-    return F.gelu(gate, approximate="tanh").mul_(up)
+if TYPE_CHECKING:
+    from loraplex_kernels.lora_pages import RowDelta
 
 
-def gelu_and_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, -1)
-    return F.gelu(gate).mul_(up)
+def silu_and_mul(gate_up: Tensor, delta: "RowDelta | None" = None) -> Tensor:
+    gate, up = with_delta(gate_up, delta).chunk(2, -1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def gelu_tanh_and_mul(gate_up: Tensor, delta: "RowDelta | None" = None) -> Tensor:
+    gate, up = with_delta(gate_up, delta).chunk(2, -1)
+    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+
+def gelu_and_mul(gate_up: Tensor, delta: "RowDelta | None" = None) -> Tensor:
+    gate, up = with_delta(gate_up, delta).chunk(2, -1)
+    return (F.gelu(gate) * up).to(gate_up.dtype)

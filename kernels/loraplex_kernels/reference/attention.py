@@ -42,12 +42,24 @@ def _attend(
 
 def decode_attention(
     queries: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor,
-    block_size: int, num_kv_heads: int, scale: float, window: int,
+    block_size: int, num_kv_heads: int, scale: float, window: int, cap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    starts = torch.arange(len(queries) + 1)
+    return chunk_attention(queries, cache, block_table, starts, seq_lens, block_size, num_kv_heads, scale, window, cap)
+
+
+def chunk_attention(
+    queries: Tensor, cache: Tensor, block_table: Tensor, query_start: Tensor, seq_lens: Tensor,
+    block_size: int, num_kv_heads: int, scale: float, window: int, cap: float | None = None,
+) -> Tensor:  # fmt: skip
+    out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
+    borders = query_start.tolist()
     for sequence, num_keys in enumerate(seq_lens.tolist()):
-        keys = torch.arange(max(0, num_keys - window), num_keys)
-        cells = block_table[sequence].long()[keys // block_size] * block_size + keys % block_size
-        query = queries[sequence].view(1, 1, -1)
-        out[sequence] = paged_attention(query, cache, cells.view(1, -1), None, num_kv_heads, scale)
+        start, end = borders[sequence], borders[sequence + 1]
+        for token in range(start, end if num_keys else start):
+            position = num_keys - (end - token)
+            keys = torch.arange(max(0, position + 1 - window), position + 1, device=queries.device)
+            cells = block_table[sequence].long()[keys // block_size] * block_size + keys % block_size
+            query = queries[token].view(1, 1, -1)
+            out[token] = _attend(query, cache, cells.view(1, -1), None, num_kv_heads, scale, cap)
     return out

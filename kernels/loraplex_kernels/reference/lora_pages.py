@@ -7,42 +7,57 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from loraplex_kernels.lora_pages import LayerPages, RowTiles
+    from loraplex_kernels.lora_pages import LinearPages, RowDelta, RowTiles
+
+PAGE_RANKS = 8
 
 
-def shrink_rows(x: Tensor, pages: "LayerPages", tiles: "RowTiles") -> Tensor:
+def shrink_rows(x: Tensor, pages: "LinearPages", tiles: "RowTiles") -> Tensor:
     h = torch.zeros(1, len(x), len(pages.part_sizes), pages.max_rank, device=x.device)
-    for row, part, ranks in _rows(pages, tiles):
-        a = pages.a[_page_of(ranks, row, pages, tiles), part, ranks % pages.a.shape[2]]
-        h[0, row, part, : len(ranks)] = a.float() @ x[row].float()
+    for row, part, slot, rank in _rows(pages, tiles):
+        a, _ = module_weights(pages, slot, part, rank)
+        h[0, row, part, :rank] = a @ x[row].float()
     return h
 
 
-def expand_rows(h: Tensor, pages: "LayerPages", tiles: "RowTiles", delta: Tensor) -> None:
-    borders = pages.columns.tolist()
-    for row, part, ranks in _rows(pages, tiles):
-        b = pages.b[_page_of(ranks, row, pages, tiles), ranks % pages.b.shape[1]]
-        columns = slice(borders[part], borders[part + 1])
-        delta[row, columns] = (h.sum(0)[row, part, : len(ranks)] @ b[:, columns].float()).to(delta.dtype)
+def expand_rows(h: Tensor, pages: "LinearPages", tiles: "RowTiles", delta: Tensor) -> None:
+    borders = pages.borders.tolist()
+    for row, part, slot, rank in _rows(pages, tiles):
+        _, b = module_weights(pages, slot, part, rank)
+        total = b @ h.sum(0)[row, part, :rank]
+        delta[row, borders[part] : borders[part + 1]] = total.to(delta.dtype)
 
 
-def add_rows(out: Tensor, delta: Tensor, pages: "LayerPages", tiles: "RowTiles") -> None:
-    out.add_(torch.where(touched(pages, tiles), delta, 0))
+def add_rows(out: Tensor, delta: "RowDelta") -> None:
+    out.copy_(with_delta(out, delta))
 
 
-def touched(pages: "LayerPages", tiles: "RowTiles") -> Tensor:
-    """Which cells of the output have a delta, [T, sum of part_sizes] bool."""
-    ranks = pages.ranks[tiles.row_slots.long()] * (tiles.row_slots >= 0).unsqueeze(1)
-    return (ranks > 0).repeat_interleave(pages.columns.diff().long(), 1)
+def with_delta(out: Tensor, delta: "RowDelta | None") -> Tensor:
+    """The output of a linear with its delta: in float32 where there is one, else as it is."""
+    if delta is None:
+        return out
+    slots = delta.tiles.row_slots
+    is_touched = (delta.pages.ranks[slots.long()] > 0) & (slots >= 0).unsqueeze(1)
+    wide = is_touched.repeat_interleave(delta.pages.borders.diff().long(), 1)
+    return out.float() + torch.where(wide, delta.values.float(), 0.0)
 
 
-def _rows(pages: "LayerPages", tiles: "RowTiles") -> Iterator[tuple[int, int, Tensor]]:
-    """Each row that has an adapter, with each part that it touches and that part's ranks, counted from 0."""
+def module_weights(pages: "LinearPages", slot: int, part: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and B [out, rank] of one module, in float32."""
+    in_size, out_size = pages.in_size, pages.part_sizes[part]
+    a, b = [], []
+    for r in range(rank):
+        start = int(pages.page_table[slot, part, r // PAGE_RANKS])
+        a_start = start + r % PAGE_RANKS * in_size
+        b_start = start + PAGE_RANKS * in_size + r % PAGE_RANKS * out_size
+        a.append(pages.cells[a_start : a_start + in_size])
+        b.append(pages.cells[b_start : b_start + out_size])
+    return torch.stack(a).float(), torch.stack(b, 1).float()
+
+
+def _rows(pages: "LinearPages", tiles: "RowTiles") -> Iterator[tuple[int, int, int, int]]:
+    """Each row that has an adapter, with each part that it touches, the adapter's slot, and its rank there."""
     for row, slot in enumerate(tiles.row_slots.tolist()):
         for part, rank in enumerate(pages.ranks[slot].tolist() if slot >= 0 else []):
             if rank:
-                yield row, part, torch.arange(rank, device=pages.a.device)
-
-
-def _page_of(ranks: Tensor, row: int, pages: "LayerPages", tiles: "RowTiles") -> Tensor:
-    return pages.page_table[tiles.row_slots[row], ranks // pages.a.shape[2]].long()
+                yield row, part, slot, rank

@@ -5,69 +5,33 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rank_pages import scattered_pages
 from torch import Tensor
 from triton_cases import DEVICE, DTYPES, assert_near, error
 
 from loraplex_kernels.gpu import lora as gpu
-from loraplex_kernels.lora_pages import (
-    DECODE_TILE_ROWS,
-    PAGE_RANKS,
-    LayerPages,
-    NoRankPages,
-    RankPages,
-    RowTiles,
-    make_tiles,
-    pages_for,
-)
+from loraplex_kernels.lora_pages import DECODE_TILE_ROWS, LinearPages, RowDelta, RowTiles, make_tiles, write_pages
 from loraplex_kernels.reference import lora_pages as reference
 
 IN_SIZE = 72
 PARTS = (40, 8, 24)
-NUM_LAYERS = 2
-
-# By slot, the rank of each part in each layer that it touches; 0: the adapter does not touch the part.
-Ranks = dict[int, tuple[int, ...]]
-MIXED: Ranks = {0: (8, 8, 8), 1: (3, 0, 5), 2: (16, 1, 0), 3: (0, 0, 1), 4: (33, 17, 9), 6: (0, 64, 0)}
+# By slot, the rank of each part; 0: the adapter does not touch it.
+MIXED = {0: (8, 8, 8), 1: (3, 0, 5), 2: (16, 1, 0), 3: (0, 0, 1), 4: (33, 17, 9), 6: (0, 64, 0)}
 
 
-def scattered_pages(
-    ranks: Ranks, dtype: torch.dtype, *, parts: tuple[int, ...] = PARTS, num_slots: int = 8
-) -> RankPages:
-    """Pages in random places, with what is not a number wherever no adapter's own rank lies."""
-    highest = max(rank for by_part in ranks.values() for rank in by_part)
-    num_pages = sum(pages_for(max(by_part)) for by_part in ranks.values()) + 4
-    pages = RankPages(
-        num_layers=NUM_LAYERS, in_size=IN_SIZE, part_sizes=parts, num_slots=num_slots, max_rank=highest,
-        num_pages=num_pages, dtype=dtype, device=DEVICE,
-    )  # fmt: skip
-    pages._cells.fill_(float("nan"))
-    random.Random(3).shuffle(pages._free)
-    for slot, by_part in ranks.items():
-        weights = {
-            (layer, part): (torch.randn(rank, IN_SIZE).to(dtype) / 8, torch.randn(parts[part], rank).to(dtype) / rank)
-            for layer in range(NUM_LAYERS)
-            for part, rank in enumerate(by_part)
-            if rank
-        }
-        pages.put(slot, weights)
-        _spoil_the_rest(pages, slot, by_part)
-    return pages
+def pages_of(
+    ranks: dict[int, tuple[int, ...]], dtype: torch.dtype = torch.float32, parts: tuple[int, ...] = PARTS,
+    in_size: int = IN_SIZE,
+) -> LinearPages:  # fmt: skip
+    """The pages of the second of two linears."""
+    return scattered_pages([(8, (4,)), (in_size, parts)], {1: ranks}, dtype).linear(1)
 
 
-def _spoil_the_rest(pages: RankPages, slot: int, by_part: tuple[int, ...]) -> None:
-    for index, page in enumerate(pages._held.get(slot, [])):
-        for layer in map(pages.layer, range(NUM_LAYERS)):
-            for part, rank in enumerate(by_part):
-                first = min(max(rank - index * PAGE_RANKS, 0), PAGE_RANKS)
-                layer.a[page, part, first:] = float("nan")
-                layer.b[page, first:, layer.columns[part] : layer.columns[part + 1]] = float("nan")
-
-
-def deltas(x: Tensor, layer: LayerPages, tiles: RowTiles, num_splits: int | None = None) -> tuple[Tensor, Tensor]:
+def deltas(x: Tensor, pages: LinearPages, tiles: RowTiles, num_splits: int | None = None) -> tuple[Tensor, Tensor]:
     """What the kernels and the reference write over the same cells."""
-    ours, truth = (torch.full((len(x), sum(layer.part_sizes)), 7.0, dtype=x.dtype, device=DEVICE) for _ in range(2))
-    gpu.expand_rows(gpu.shrink_rows(x, layer, tiles, num_splits), layer, tiles, ours)
-    reference.expand_rows(reference.shrink_rows(x, layer, tiles), layer, tiles, truth)
+    ours, truth = (torch.full((len(x), sum(pages.part_sizes)), 7.0, dtype=x.dtype, device=DEVICE) for _ in range(2))
+    gpu.expand_rows(gpu.shrink_rows(x, pages, tiles, num_splits), pages, tiles, ours)
+    reference.expand_rows(reference.shrink_rows(x, pages, tiles), pages, tiles, truth)
     return ours, truth
 
 
@@ -98,64 +62,60 @@ def fixed_seed() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mix", MIXES)
 def test_each_row_gets_the_delta_of_its_own_adapter(dtype: torch.dtype, mix: str) -> None:
-    layer, tiles = scattered_pages(MIXED, dtype).layer(1), tiles_of(MIXES[mix])
+    pages, tiles = pages_of(MIXED, dtype), tiles_of(MIXES[mix])
     x = torch.randn(len(tiles.row_slots), IN_SIZE, dtype=dtype, device=DEVICE)
-    assert_near(*deltas(x, layer, tiles))
+    assert_near(*deltas(x, pages, tiles))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 7, 8, 9, 15, 16, 17, 31, 64, 100, 512])
 def test_every_rank_is_taken_exactly(rank: int) -> None:
-    layer = scattered_pages({1: (rank, 0, rank), 2: (1, 2, 3)}, torch.float32).layer(0)
+    pages = pages_of({1: (rank, 0, rank), 2: (1, 2, 3)})
     x, tiles = torch.randn(4, IN_SIZE, device=DEVICE), tiles_of([(1, 3), (2, 1)])
-    assert_near(*deltas(x, layer, tiles))
+    assert_near(*deltas(x, pages, tiles))
 
 
 @pytest.mark.parametrize("num_adapters", [1, 2, 13, 64])
 def test_any_number_of_adapters_share_a_batch(num_adapters: int) -> None:
     ranks = {slot: (1 + slot % 9, 4 * (slot % 3), 8) for slot in range(num_adapters)}
-    layer = scattered_pages(ranks, torch.float32, num_slots=64).layer(1)
+    pages = pages_of(ranks)
     slots = random.Random(1).choices([*ranks, -1], k=num_adapters + 1)
     tiles = tiles_of([(slot, 1) for slot in sorted(slots)])
-    assert_near(*deltas(torch.randn(len(slots), IN_SIZE, device=DEVICE), layer, tiles))
+    assert_near(*deltas(torch.randn(len(slots), IN_SIZE, device=DEVICE), pages, tiles))
 
 
 @pytest.mark.parametrize("tile_rows", [64, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_runs_take_higher_tiles(dtype: torch.dtype, tile_rows: int) -> None:
-    layer, tiles = scattered_pages(MIXED, dtype).layer(0), tiles_of([(0, 67), (-1, 5), (4, 131), (1, 1)], tile_rows)
+    pages, tiles = pages_of(MIXED, dtype), tiles_of([(0, 67), (-1, 5), (4, 131), (1, 1)], tile_rows)
     assert tiles.counts.tolist() == ([64, 3, 64, 64, 3, 1] if tile_rows == 64 else [67, 128, 3, 1])
-    assert_near(*deltas(torch.randn(204, IN_SIZE, dtype=dtype, device=DEVICE), layer, tiles))
+    assert_near(*deltas(torch.randn(204, IN_SIZE, dtype=dtype, device=DEVICE), pages, tiles))
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 3])
 def test_however_the_inputs_are_split(num_splits: int) -> None:
-    pages = RankPages(
-        num_layers=1, in_size=300, part_sizes=(16,), num_slots=2, max_rank=20, num_pages=4,
-        dtype=torch.float32, device=DEVICE,
-    )  # fmt: skip
-    pages.put(1, {(0, 0): (torch.randn(20, 300) / 17, torch.randn(16, 20) / 5)})
+    pages = pages_of({1: (20,)}, parts=(16,), in_size=300)
     wide = torch.randn(5, 310, device=DEVICE)
-    ours, truth = deltas(wide[:, :300], pages.layer(0), tiles_of([(1, 5)]), num_splits)
+    ours, truth = deltas(wide[:, :300], pages, tiles_of([(1, 5)]), num_splits)
     assert_near(ours, truth)
 
 
 def test_one_linear_and_two_parts_of_odd_sizes_are_served() -> None:
     for parts in ((257,), (7, 300)):
         ranks = {0: (5,) * len(parts), 1: (0,) * (len(parts) - 1) + (9,)}
-        layer = scattered_pages(ranks, torch.float32, parts=parts).layer(1)
+        pages = pages_of(ranks, parts=parts)
         tiles = tiles_of([(0, 2), (1, 1)])
-        assert_near(*deltas(torch.randn(3, IN_SIZE, device=DEVICE), layer, tiles))
+        assert_near(*deltas(torch.randn(3, IN_SIZE, device=DEVICE), pages, tiles))
 
 
 def test_the_device_side_count_bounds_the_work() -> None:
     """As in a captured graph: the arrays are as long as the largest batch, and hold old tiles beyond the count."""
-    layer = scattered_pages(MIXED, torch.float32).layer(0)
+    pages = pages_of(MIXED)
     stale = tiles_of([(0, 2), (1, 1), (4, 3), (2, 2)])
     x = torch.randn(8, IN_SIZE, device=DEVICE)
     for count in range(5):
         tiles = replace(stale, num_tiles=torch.tensor([count], dtype=torch.int32, device=DEVICE))
-        ours, _ = deltas(x, layer, tiles)
-        whole, _ = deltas(x, layer, stale)
+        ours, _ = deltas(x, pages, tiles)
+        whole, _ = deltas(x, pages, stale)
         computed = sum(stale.counts.tolist()[:count])
         assert torch.equal(ours[:computed], whole[:computed])
         assert (ours[computed:] == 7).all()
@@ -163,73 +123,61 @@ def test_the_device_side_count_bounds_the_work() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_delta_is_added_where_the_adapter_touches_the_part_and_nowhere_else(dtype: torch.dtype) -> None:
-    layer, tiles = scattered_pages(MIXED, dtype).layer(0), tiles_of([(-1, 1), (1, 2), (5, 1), (4, 1)])
+    pages, tiles = pages_of(MIXED, dtype), tiles_of([(-1, 1), (1, 2), (5, 1), (4, 1)])
     given, delta = (torch.randn(5, sum(PARTS), dtype=dtype, device=DEVICE) for _ in range(2))
     delta[:, 40:48] = float("nan")
     delta[4, 40:48] = 1
     ours, truth = given.clone(), given.clone()
-    gpu.add_rows(ours, delta, layer, tiles)
-    reference.add_rows(truth, delta, layer, tiles)
+    gpu.add_rows(ours, RowDelta(delta, pages, tiles))
+    reference.add_rows(truth, RowDelta(delta, pages, tiles))
     assert torch.equal(ours[[0, 3]], given[[0, 3]])
     assert_near(ours, truth)
 
 
 def test_the_reference_is_the_formula() -> None:
-    pages = RankPages(
-        num_layers=1, in_size=4, part_sizes=(3, 2), num_slots=1, max_rank=9, num_pages=2,
-        dtype=torch.float32, device=DEVICE,
-    )  # fmt: skip
+    tables = scattered_pages([(4, (3, 2))], {}, torch.float32, num_free=2)
     a, b = torch.randn(9, 4, device=DEVICE), torch.randn(2, 9, device=DEVICE)
-    pages.put(0, {(0, 1): (a.cpu(), b.cpu())})
-    layer, tiles, x = pages.layer(0), tiles_of([(0, 5)]), torch.randn(5, 4, device=DEVICE)
+    write_pages(tables.linear(0).cells[: 2 * 8 * 6].view(2, -1), a, b)
+    tables.put(0, {(0, 1): (9, [0, 8 * 6])})
+    pages, tiles, x = tables.linear(0), tiles_of([(0, 5)]), torch.randn(5, 4, device=DEVICE)
     out = torch.zeros(5, 5, device=DEVICE)
     delta = torch.full_like(out, float("nan"))
-    reference.expand_rows(reference.shrink_rows(x, layer, tiles), layer, tiles, delta)
-    reference.add_rows(out, delta, layer, tiles)
+    reference.expand_rows(reference.shrink_rows(x, pages, tiles), pages, tiles, delta)
+    reference.add_rows(out, RowDelta(delta, pages, tiles))
     assert torch.allclose(out, torch.cat((torch.zeros(5, 3, device=DEVICE), x @ a.T @ b.T), 1), atol=1e-5)
-
-
-def test_an_adapter_takes_pages_by_its_own_rank_and_gives_them_back() -> None:
-    pages = scattered_pages({0: (8, 0, 0), 1: (64, 1, 2)}, torch.float32)
-    before = pages.num_free
-    assert pages.num_pages - before == 1 + 8
-    pages.take_out(1)
-    pages.take_out(1)
-    assert pages.num_free == before + 8 and not pages.holds(1) and pages.holds(0)
-    weights = {(0, 0): (torch.ones(PAGE_RANKS * pages.num_free + 1, IN_SIZE), torch.ones(40, 1))}
-    with pytest.raises(NoRankPages, match="are free"):
-        pages.put(1, weights)
+    tables.clear(0)
+    assert not reference.shrink_rows(x, pages, tiles).any()
 
 
 # What a fault does: each plants one and shows that the comparison above would notice.
 
 
-def planted(layer: LayerPages, tiles: RowTiles, faulty: LayerPages, faulty_tiles: RowTiles) -> float:
+def planted(pages: LinearPages, tiles: RowTiles, faulty: LinearPages, faulty_tiles: RowTiles) -> float:
     x = torch.randn(len(tiles.row_slots), IN_SIZE, device=DEVICE)
     ours = torch.zeros(len(x), sum(PARTS), device=DEVICE)
     gpu.expand_rows(gpu.shrink_rows(x, faulty, faulty_tiles), faulty, faulty_tiles, ours)
     truth = torch.zeros_like(ours)
-    reference.expand_rows(reference.shrink_rows(x, layer, tiles), layer, tiles, truth)
+    reference.expand_rows(reference.shrink_rows(x, pages, tiles), pages, tiles, truth)
     return error(ours.nan_to_num(1e9), truth)
 
 
 def test_a_stale_tile_table_is_noticed() -> None:
-    layer, tiles = scattered_pages(MIXED, torch.float32).layer(0), tiles_of([(0, 2), (1, 2)])
-    assert planted(layer, tiles, layer, tiles) < 2e-5
-    assert planted(layer, tiles, layer, tiles_of([(1, 2), (0, 2)])) > 0.1
-    assert planted(layer, tiles, layer, replace(tiles, num_tiles=tiles.num_tiles - 1)) > 0.1
-    assert planted(layer, tiles, layer, replace(tiles, counts=tiles.counts - 1)) > 0.1
+    pages, tiles = pages_of(MIXED), tiles_of([(0, 2), (1, 2)])
+    assert planted(pages, tiles, pages, tiles) < 2e-5
+    assert planted(pages, tiles, pages, tiles_of([(1, 2), (0, 2)])) > 0.1
+    assert planted(pages, tiles, pages, replace(tiles, num_tiles=tiles.num_tiles - 1)) > 0.1
+    assert planted(pages, tiles, pages, replace(tiles, counts=tiles.counts - 1)) > 0.1
 
 
 def test_a_wrong_page_is_noticed() -> None:
-    layer, tiles = scattered_pages(MIXED, torch.float32).layer(0), tiles_of([(4, 2)])
-    for index in range(pages_for(33)):
-        table = layer.page_table.clone()
-        table[4, index] = layer.page_table[2, 0]
-        assert planted(layer, tiles, replace(layer, page_table=table), tiles) > 0.02, index
+    pages, tiles = pages_of(MIXED), tiles_of([(4, 2)])
+    for index in range(5):
+        table = pages.page_table.clone()
+        table[4, 0, index] = pages.page_table[2, 0, 0]
+        assert planted(pages, tiles, replace(pages, page_table=table), tiles) > 0.02, index
 
 
 def test_a_rank_beyond_the_adapters_own_is_noticed() -> None:
-    layer, tiles = scattered_pages(MIXED, torch.float32).layer(0), tiles_of([(1, 2)])
-    assert planted(layer, tiles, replace(layer, ranks=layer.ranks + 1), tiles) > 0.1
-    assert planted(layer, tiles, replace(layer, ranks=(layer.ranks - 1).clamp(min=0)), tiles) > 0.02
+    pages, tiles = pages_of(MIXED), tiles_of([(1, 2)])
+    assert planted(pages, tiles, replace(pages, ranks=pages.ranks + 1), tiles) > 0.1
+    assert planted(pages, tiles, replace(pages, ranks=(pages.ranks - 1).clamp(min=0)), tiles) > 0.02
