@@ -32,6 +32,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     num_logprobs: int = 0  # most likely tokens to report beside the chosen one
     prompt_logprobs: bool = False
+    guide: str | None = None  # a grammar in llguidance's notation that the output must follow to its end
     num_prompt_logprobs: int = 0  # with `prompt_logprobs`: most likely tokens to report beside each of the prompt
 
 

@@ -8,6 +8,7 @@ from loraplex_server.config import EngineConfig
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.block_manager import BlockManager
 from loraplex_server.engine.executor import Executor
+from loraplex_server.engine.guided import GrammarLibrary
 from loraplex_server.engine.memory import settle_adapter_budgets
 from loraplex_server.engine.scheduler import Progress, Scheduler
 from loraplex_server.engine.sequence import Sequence, new_sequence
@@ -23,7 +24,15 @@ STATS_INTERVAL_S = 0.05
 class Engine:
     """Scheduler, adapters and ranks of one base model."""
 
-    def __init__(self, config: EngineConfig, executor: Executor, *, num_kv_blocks: int, end_token_ids: frozenset[int]):
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        *,
+        num_kv_blocks: int,
+        end_token_ids: frozenset[int],
+        grammars: GrammarLibrary | None = None,
+    ):
         self.blocks = BlockManager(num_kv_blocks, config.block_size, prefix_caching=config.prefix_caching)
         budgets = settle_adapter_budgets(config.adapters, config.device)
         self.adapters = AdapterManager(
@@ -40,7 +49,9 @@ class Engine:
             starvation_bound_s=config.starvation_bound_s,
         )
         self._executor = executor
+        self._grammars = grammars
         self._sequences: dict[str, Sequence] = {}
+        self._compiling: list[Sequence] = []  # in none of the scheduler's lists until their grammar is compiled
         self._num_arrived = 0
         self._refused: list[TokenOutput] = []
         self._stats = StatsCollector()
@@ -57,19 +68,22 @@ class Engine:
         sequence = new_sequence(request, self._num_arrived)
         self._num_arrived += 1
         self._has_news = True
-        reason = self.scheduler.add(sequence)
-        if reason is None:
-            self._sequences[request.request_id] = sequence
+        self._sequences[request.request_id] = sequence
+        if request.sampling.guide is None:
+            self._schedule(sequence)
         else:
-            error = f"adapter '{request.adapter_id}': {reason}"
-            self._refused.append(TokenOutput(request_id=request.request_id, finish_reason="error", error=error))
+            self._compiling.append(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request without another word; nothing happens if it has ended already."""
         sequence = self._sequences.pop(request_id, None)
-        if sequence is not None:
+        if sequence is None:
+            return
+        if sequence in self._compiling:
+            self._compiling.remove(sequence)
+        else:
             self.scheduler.remove(sequence)
-            self._has_news = True
+        self._has_news = True
 
     def load_adapter(self, spec: AdapterSpec) -> None:
         """Make an adapter version known."""
@@ -82,11 +96,15 @@ class Engine:
     def close(self) -> None:
         """Stop the ranks and their threads; no step may follow."""
         self._executor.close()
+        if self._grammars is not None:
+            self._grammars.close()
 
     def step(self) -> StepOutput | None:
         """Plan, execute, advance. None when nothing could run and there is nothing to say."""
         for load in self._executor.finished_loads():
             self.adapters.finished(load)
+        if self._compiling:
+            self._schedule_compiled()
         outputs, self._refused = self._refused, []
         outputs += [self._output(progress, None) for progress in self.scheduler.take_failed()]
         plan = self.scheduler.schedule()
@@ -99,6 +117,29 @@ class Engine:
                 self._stats.count_step(plan, result, time.perf_counter() - began)
                 self._has_news = True
         return self._report(outputs)
+
+    def _schedule(self, sequence: Sequence) -> None:
+        reason = self.scheduler.add(sequence)
+        if reason is not None:
+            self._refuse(sequence, f"adapter '{sequence.request.adapter_id}': {reason}")
+
+    def _schedule_compiled(self) -> None:
+        """Let the sequences run whose grammars are compiled; the others wait without holding anything."""
+        grammars = self._grammars
+        assert grammars is not None, "a grammar came to an engine without a vocabulary"
+        waiting, self._compiling = self._compiling, []
+        for sequence in waiting:
+            guide = sequence.request.sampling.guide
+            if guide is None or not grammars.is_ready(guide):
+                self._compiling.append(sequence)
+            elif (error := grammars.error_of(guide)) is not None:
+                self._refuse(sequence, f"the grammar is not valid: {error}")
+            else:
+                self._schedule(sequence)
+
+    def _refuse(self, sequence: Sequence, error: str) -> None:
+        del self._sequences[sequence.request_id]
+        self._refused.append(TokenOutput(request_id=sequence.request_id, finish_reason="error", error=error))
 
     def _advance(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         sequences = {sequence.row: sequence for sequence in self.scheduler.running}
@@ -118,9 +159,8 @@ class Engine:
         if progress.finish_reason is not None:
             del self._sequences[sequence.request_id]
         if progress.token_id is None or result is None:
-            return TokenOutput(
-                request_id=sequence.request_id, finish_reason=progress.finish_reason, error=progress.error
-            )
+            error = progress.error if result is None else result.problem or progress.error
+            return TokenOutput(request_id=sequence.request_id, finish_reason=progress.finish_reason, error=error)
         output = TokenOutput(
             request_id=sequence.request_id,
             token_ids=[progress.token_id],

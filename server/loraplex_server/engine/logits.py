@@ -1,13 +1,15 @@
 """What a request's parameters do to its scores: penalties, watermark and cuts, as operations on rows of a batch.
 
 Scores are float32, [rows, vocab], and changed in place; a parameter has one value a row. The order is TGI's:
-watermark, repetition, frequency, presence, (grammar,) temperature, top_k, top_p, min_p, typical_p. Of OpenAI's,
-logit_bias comes before all of them and its frequency penalty, here `count`, behind presence.
+watermark, repetition, frequency, presence, temperature, top_k, top_p, min_p, typical_p. Of OpenAI's, logit_bias comes
+before all of them and its frequency penalty, here `count`, behind presence. A grammar's mask comes first of all: what
+it sets to minus infinity nothing brings back.
 On the CPU sorting and argmax go through numpy, whose AVX kernels are 10 to 25 times faster than torch's here.
 """
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 WATERMARK_KEY = 15485863  # the millionth prime; as TGI and transformers, so that their detectors find the watermark
@@ -22,6 +24,24 @@ def copy_as_float(logits: Tensor, out: Tensor) -> None:
         np.left_shift(bits, 16, out=out.numpy().view(np.uint32), dtype=np.uint32)
     else:
         out.copy_(logits)
+
+
+def keep_allowed(scores: Tensor, lines: list[int], masks: NDArray[np.int32]) -> None:
+    """Cut each of `lines` to the tokens whose bit is set, in any type of scores.
+
+    masks: [lines, at least vocab / 32] int32; bit i of a line stands for token i, the lowest bit of a word first.
+    """
+    vocab_size = scores.shape[1]
+    if scores.device.type == "cpu":
+        # Bit by bit in numpy: 5 µs a row of 49,152.
+        bits = np.unpackbits(masks.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+        blocked = torch.from_numpy(bits == 0)
+    else:
+        words = torch.from_numpy(masks).to(scores.device)
+        shifts = torch.arange(32, dtype=torch.int32, device=scores.device)
+        blocked = ((words[:, :, None] >> shifts) & 1 == 0).flatten(1)[:, :vocab_size]
+    for place, line in enumerate(lines):
+        scores[line].masked_fill_(blocked[place], -torch.inf)
 
 
 def argmax(scores: Tensor) -> Tensor:

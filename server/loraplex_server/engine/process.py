@@ -21,6 +21,7 @@ from loraplex_server.control import ControlLine
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.executor import LocalExecutor
+from loraplex_server.engine.guided import GrammarLibrary, GuidedRows
 from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_limits
 from loraplex_server.engine.sampler import Sampler
 from loraplex_server.engine.worker import Worker
@@ -60,12 +61,15 @@ def build_engine(config: EngineConfig, model: CausalLM, limits: Limits) -> Engin
         manifest = check_adapter(path, model.config, max_rank=config.adapters.max_lora_rank)
         return load_adapter_weights(path, manifest, dtype=dtype)
 
+    end_token_ids = frozenset(model.config.end_token_ids)
+    grammars = GrammarLibrary(config.model_path, model.config.vocab_size, tuple(end_token_ids))
     sampler = Sampler(
         config.max_batch_size,
         model.config.vocab_size,
         device,
         watermark_gamma=config.watermark_gamma,
         watermark_delta=config.watermark_delta,
+        guided_rows=GuidedRows(grammars),
     )
     worker = Worker(
         model,
@@ -82,7 +86,8 @@ def build_engine(config: EngineConfig, model: CausalLM, limits: Limits) -> Engin
         config,
         LocalExecutor(worker),
         num_kv_blocks=limits.num_kv_blocks,
-        end_token_ids=frozenset(model.config.end_token_ids),
+        end_token_ids=end_token_ids,
+        grammars=grammars,
     )
 
 

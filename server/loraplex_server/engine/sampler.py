@@ -1,7 +1,7 @@
 """Logits to tokens: one pass over the whole batch, whatever each row's parameters are."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loraplex_kernels.choice import most_likely
 from loraplex_server.engine import logits as processors
+from loraplex_server.engine.guided import GuidedRows
 from loraplex_server.engine.noise import TokenNoise, seed_keys, step_keys
 from loraplex_server.messages import SamplingParams, TopLogprob
 
@@ -27,12 +28,14 @@ class SampledTokens:
 
     Log-probabilities are those of the processed scores, after penalties and cuts. `top_logprobs` holds exactly as
     many tokens as were asked for, ties by the lower id, fewer only where the cuts left fewer; empty when not asked.
-    A row whose logits were broken has the token id NO_TOKEN and log-probability 0, and keeps its state.
+    A row whose logits were broken has the token id NO_TOKEN and log-probability 0, and keeps its state; so has a row
+    whose grammar cannot go on, and `problems` says why, by row.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     top_logprobs: list[list[TopLogprob]]
+    problems: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class _Batch:
     bias: _Bias | None
     draws: _Draws | None
     remembered: list[int]  # positions of the rows whose tokens are kept for penalties or watermark
+    guided: list[int]  # positions of the rows with a grammar
     top_counts: dict[int, int]  # position → number of likely tokens to report
 
     @property
@@ -115,11 +119,13 @@ class Sampler:
         *,
         watermark_gamma: float,
         watermark_delta: float,
+        guided_rows: GuidedRows | None = None,
     ):
         self._vocab_size = vocab_size
         self._device = device
         self._gamma = watermark_gamma
         self._delta = watermark_delta
+        self._guided_rows = guided_rows
         self._noise = TokenNoise(vocab_size, device)
         self._params: list[SamplingParams | None] = [None] * num_rows
         self._num_prompt = np.zeros(num_rows, dtype=np.int64)
@@ -136,6 +142,8 @@ class Sampler:
         self._params[row] = params
         self._num_tokens[row] = len(token_ids)
         self._num_prompt[row] = len(token_ids) - num_output_tokens
+        if params.guide is not None:
+            self._guides.start(row, params.guide, token_ids[len(token_ids) - num_output_tokens :])
         if _looks_back(params):
             self._reserve_history(len(token_ids) + 1)
             self._history[row, : len(token_ids)] = torch.tensor(token_ids, device=self._device)
@@ -143,15 +151,33 @@ class Sampler:
 
     def remove(self, row: int) -> None:
         """Free a row; what it knew is forgotten."""
-        assert self._params[row] is not None, f"row {row} is free"
+        params = self._params_of(row)
+        if params.guide is not None:
+            self._guides.stop(row)
         self._params[row] = None
         self._batch = None
 
     def sample(self, logits: Tensor, rows: list[int]) -> SampledTokens:
-        """Choose a token for each row and remember it. logits: [rows, vocab], not changed."""
+        """Choose a token for each row and remember it.
+
+        logits: [rows, vocab]; a row with a grammar is cut to the tokens that it allows, the others are not changed.
+        Masks are filled on the CPU before anything waits for the logits: a GPU computes them meanwhile.
+        """
         batch = self._batch
         if batch is None or batch.rows != rows:
             batch = self._batch = self._gather(rows)
+        if not batch.guided:
+            return self._sample(logits, batch)
+        guided = [rows[position] for position in batch.guided]
+        processors.keep_allowed(logits, batch.guided, self._guides.masks(guided))
+        sampled = self._sample(logits, batch)
+        problems = self._guides.advance(
+            {row: sampled.token_ids[i] for i, row in zip(batch.guided, guided, strict=True)}
+        )
+        return replace(sampled, problems=problems)
+
+    def _sample(self, logits: Tensor, batch: _Batch) -> SampledTokens:
+        rows = batch.rows
         if batch.is_plain:
             token_ids, logprobs = most_likely(logits)
             chosen_ids: list[int] = token_ids.tolist()
@@ -284,6 +310,7 @@ class Sampler:
             bias=self._gather_bias(params) if any(p.logit_bias for p in params) else None,
             draws=self._gather_draws(sampled, row_index, params) if sampled else None,
             remembered=[i for i, p in enumerate(params) if _looks_back(p)],
+            guided=[i for i, p in enumerate(params) if p.guide is not None],
             top_counts={i: p.num_logprobs for i, p in enumerate(params) if p.num_logprobs},
         )
 
@@ -339,6 +366,11 @@ class Sampler:
         params = self._params[row]
         assert params is not None, f"row {row} is free"
         return params
+
+    @property
+    def _guides(self) -> GuidedRows:
+        assert self._guided_rows is not None, "a grammar came to a sampler without a vocabulary"
+        return self._guided_rows
 
     def _index(self, values: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(values).to(self._device)

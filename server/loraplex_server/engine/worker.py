@@ -18,13 +18,17 @@ from loraplex_server.messages import TopLogprob
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """What one row of a step gave. `target_logprobs` belong to the plan's target_ids; token_id -1: no finite score."""
+    """What one row of a step gave. `target_logprobs` belong to the plan's target_ids.
+
+    A token_id of -1: there was no finite score to choose by; `problem` says why, where it is known.
+    """
 
     token_id: int | None = None
     logprob: float = 0.0
     top_logprobs: list[TopLogprob] = field(default_factory=list)
     target_logprobs: list[float] = field(default_factory=list)
     target_top_logprobs: list[list[TopLogprob]] = field(default_factory=list)
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,5 +122,7 @@ class Worker:
             for row, token_id, logprob, top in zip(
                 sampling_rows, sampled.token_ids, sampled.logprobs, sampled.top_logprobs, strict=True
             ):
-                results[row] = RowResult(token_id, logprob, top, targets.get(row, []), target_tops.get(row, []))
+                results[row] = RowResult(
+                    token_id, logprob, top, targets.get(row, []), target_tops.get(row, []), sampled.problems.get(row)
+                )
         return results

@@ -1,0 +1,118 @@
+"""Structured output in the engine: grammars compiled off the loop, a matcher a row, and the mask of a step's rows."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+from loraplex_server.text.guide_compiler import GuideError, Vocabulary, fill_mask
+
+# Compiled grammars that are kept; most are small, and the largest take some MiB.
+MAX_COMPILED = 128
+
+
+class GrammarLibrary:
+    """Compiled grammars by their text, and a thread that compiles new ones. Used from one thread, the engine's.
+
+    The vocabulary is read with the first grammar, so that an engine without grammars does without it.
+    """
+
+    def __init__(self, model_path: str, vocab_size: int, end_token_ids: Sequence[int]):
+        self._tokenizer_path = str(Path(model_path) / "tokenizer.json")
+        self._vocab_size = vocab_size
+        self._end_token_ids = sorted(end_token_ids)
+        self._vocabulary: Vocabulary | None = None
+        self._compiled: OrderedDict[str, Future[llguidance.LLMatcher]] = OrderedDict()
+        self._thread: ThreadPoolExecutor | None = None
+
+    def is_ready(self, grammar: str) -> bool:
+        """Whether a grammar is compiled, or was found to be bad; when it is not known its compilation begins."""
+        return self._compilation(grammar).done()
+
+    def error_of(self, grammar: str) -> str | None:
+        """Why a grammar cannot be used, or None; waits where `is_ready` says no."""
+        try:
+            self._compilation(grammar).result()
+        except GuideError as error:
+            return str(error)
+        return None
+
+    def new_matcher(self, grammar: str) -> llguidance.LLMatcher:
+        """A matcher of its own at the beginning of a text. Raises GuideError; waits where `is_ready` says no."""
+        return self._compilation(grammar).result().deep_copy()
+
+    @property
+    def num_mask_words(self) -> int:
+        """The length of a mask in words of 32 tokens, once a grammar was compiled."""
+        assert self._vocabulary is not None, "no grammar was compiled"
+        return self._vocabulary.num_words
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _compilation(self, grammar: str) -> Future[llguidance.LLMatcher]:
+        found = self._compiled.get(grammar)
+        if found is None:
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+            found = self._compiled[grammar] = self._thread.submit(self._compile, grammar)
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        else:
+            self._compiled.move_to_end(grammar)
+        return found
+
+    def _compile(self, grammar: str) -> llguidance.LLMatcher:
+        if self._vocabulary is None:  # only this thread sets it
+            self._vocabulary = Vocabulary(self._tokenizer_path, self._vocab_size, self._end_token_ids)
+        return self._vocabulary.matcher(grammar)
+
+
+class GuidedRows:
+    """What the rows that have a grammar have written so far, and what each may write next."""
+
+    def __init__(self, library: GrammarLibrary):
+        self._library = library
+        self._matchers: dict[int, llguidance.LLMatcher] = {}
+        self._problems: dict[int, str] = {}
+        self._masks = np.zeros((0, 0), dtype=np.int32)
+
+    def start(self, row: int, grammar: str, output_token_ids: Sequence[int]) -> None:
+        """Begin a row with what was generated for its sequence before: nothing, or its output up to a preemption."""
+        matcher = self._matchers[row] = self._library.new_matcher(grammar)
+        matcher.consume_tokens(list(output_token_ids))
+
+    def stop(self, row: int) -> None:
+        """Forget a row."""
+        del self._matchers[row]
+
+    def masks(self, rows: Sequence[int]) -> NDArray[np.int32]:
+        """Which tokens each of the rows may take next, [rows, words] int32; valid until the next call.
+
+        Bit i of a line stands for token i, the lowest bit of a word first. A line without any bit belongs to a row
+        that cannot go on; `advance` says why.
+        """
+        num_words = self._library.num_mask_words
+        if len(self._masks) < len(rows):
+            self._masks = np.zeros((max(len(rows), 2 * len(self._masks)), num_words), dtype=np.int32)
+        masks = self._masks[: len(rows)]
+        self._problems = {}
+        for line, row in enumerate(rows):
+            problem = fill_mask(self._matchers[row], masks, line)
+            if problem is not None:
+                self._problems[row] = f"the grammar: {problem}"
+        return masks
+
+    def advance(self, token_ids: Mapping[int, int]) -> dict[int, str]:
+        """Take in the token that each row of the last masks has got; returns why the rows without one cannot go on."""
+        problems = self._problems
+        for row, token_id in token_ids.items():
+            if row not in problems and token_id >= 0:
+                self._matchers[row].consume_token(token_id)
+        return problems
