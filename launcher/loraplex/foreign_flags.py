@@ -57,7 +57,6 @@ IGNORED = (
 # Settings of ours that nothing reads yet, with the reason; giving one is answered like a flag without effect.
 NOT_YET: dict[str, str] = {
     "cuda_memory_fraction": "the model runs on the CPU (--kv-memory-fraction shares out its memory)",
-    "disable_grammar_support": "grammars are not served yet, every one is refused",
     "otlp_endpoint": "traces are not exported yet",
     "otlp_service_name": "traces are not exported yet",
 }

@@ -5,7 +5,7 @@ The order of the checks, their bounds and their messages are TGI's.
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,11 @@ from loraplex_server.api.job import GenerationJob
 from loraplex_server.config import ApiConfig
 from loraplex_server.errors import InvalidRequest, Overloaded
 from loraplex_server.messages import AdapterSpec, EngineReady, SamplingParams
+from loraplex_server.text.guides import Guide
 from loraplex_server.text.tokenizer import Tokenizer
+
+# Compiles a guide to the grammar that the engine takes; raises InvalidRequest.
+GuideCheck = Callable[[Guide], Awaitable[str]]
 
 # What `max_new_tokens` counts for, at most, in the check of prompt + output: TGI grants output in such chunks, so a
 # request that asks for more than fits is accepted and ends with "length".
@@ -46,12 +50,14 @@ class Admission:
         registry: AdapterRegistry,
         *,
         prefill_logprobs: bool,
+        check_guide: GuideCheck | None = None,
     ):
         self._config = config
         self._limits = limits
         self._tokenizer = tokenizer
         self._registry = registry
         self._prefill_logprobs = prefill_logprobs
+        self._check_guide = check_guide
         self._num_permits_taken = 0
 
     @property
@@ -91,14 +97,18 @@ class Admission:
         adapter = self._registry.resolve(job.adapter_id) if job.adapter_id else None
         token_ids = await self._tokenise(job)
         max_new_tokens = self._grant(job, len(token_ids))
-        if job.has_grammar:
-            raise InvalidRequest("grammar is not supported")
+        grammar = None if job.guide is None else await self._grammar(job.guide)
         return AdmittedJob(
             prompt_token_ids=token_ids,
-            sampling=self._sampling(job, max_new_tokens),
+            sampling=self._sampling(job, max_new_tokens, grammar),
             adapter=adapter,
             validation_s=time.monotonic() - started,
         )
+
+    async def _grammar(self, guide: Guide) -> str:
+        if self._check_guide is None:
+            raise InvalidRequest("grammar is not supported")
+        return await self._check_guide(guide)
 
     def _check_fields(self, job: GenerationJob) -> None:
         several = job.best_of is not None and job.best_of > 1
@@ -124,6 +134,8 @@ class Admission:
             raise InvalidRequest("`frequency_penalty` must be >= -2.0 and <= 2.0")
         if job.max_new_tokens == 0:
             raise InvalidRequest("`max_new_tokens` must be strictly positive")
+        if job.guide is not None and job.ignore_eos:
+            raise InvalidRequest("`ignore_eos` cannot be used with a grammar, whose end is the end of the answer")
         self._check_stop(job.stop)
         if job.stop_token_ids:
             self._check_vocabulary("`stop_token_ids`", job.stop_token_ids)
@@ -183,7 +195,7 @@ class Admission:
             raise InvalidRequest(f"`inputs` must have less than {max_input} tokens. Given: {num_prompt_tokens}")
         return min(asked, room)
 
-    def _sampling(self, job: GenerationJob, max_new_tokens: int) -> SamplingParams:
+    def _sampling(self, job: GenerationJob, max_new_tokens: int, grammar: str | None) -> SamplingParams:
         temperature = 1.0 if job.temperature is None else job.temperature
         return SamplingParams(
             max_new_tokens=max_new_tokens,
@@ -202,6 +214,7 @@ class Admission:
             watermark=job.watermark,
             seed=new_seed() if job.seed is None else job.seed,
             ignore_eos=job.ignore_eos,
+            guide=grammar,
             num_logprobs=job.top_n_tokens or job.num_top_logprobs,
             num_prompt_logprobs=job.num_top_logprobs if job.echo_logprobs else 0,
             prompt_logprobs=job.echo_logprobs or (job.prompt_logprobs and self._prefill_logprobs),

@@ -6,6 +6,7 @@ from typing import Literal
 import msgspec
 
 from loraplex_server.metrics import Timings
+from loraplex_server.text.guides import Guide
 
 StopReason = Literal["length", "eos_token", "stop_sequence"]
 
@@ -42,7 +43,7 @@ class GenerationJob:
     prompt_logprobs: bool = False  # where the server allows it
     echo_logprobs: bool = False  # the same, whatever the server's setting, and in streams
     num_top_logprobs: int = 0  # as `top_n_tokens`, bounded by its dialect; counts for the prompt too, if echoed
-    has_grammar: bool = False
+    guide: Guide | None = None  # what the text must look like
 
     @property
     def samples(self) -> bool:

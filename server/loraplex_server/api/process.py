@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from enum import IntEnum
+from pathlib import Path
 
 import uvicorn
 import uvloop
@@ -17,6 +18,7 @@ from loraplex_server.api.admission import Admission
 from loraplex_server.api.app import build_app
 from loraplex_server.api.client import EngineClient
 from loraplex_server.api.generation import Generator
+from loraplex_server.api.guide_checker import GuideChecker
 from loraplex_server.api.state import ApiState, Serving
 from loraplex_server.config import ApiConfig, ServeConfig
 from loraplex_server.control import ControlLine
@@ -24,6 +26,7 @@ from loraplex_server.errors import GenerationFailed, LoraplexError
 from loraplex_server.link import ApiLink
 from loraplex_server.metrics import Metrics
 from loraplex_server.text.chat_template import ChatTemplate, ChatTemplateError
+from loraplex_server.text.guide_check import Setup
 from loraplex_server.text.tokenizer import Tokenizer, TokenizerError
 
 logger = logging.getLogger(__name__)
@@ -127,6 +130,7 @@ class _ApiProcess:
         self._state = ApiState(config, self._registry, self._metrics)
         self._link = ApiLink(config.link_address)
         self._client = EngineClient(self._link, self._metrics.observe_stats)
+        self._guides: GuideChecker | None = None
         self._server = _Server(
             uvicorn.Config(
                 build_app(self._state),
@@ -161,6 +165,8 @@ class _ApiProcess:
             for task in (starting, carrying):
                 task.cancel()
             await asyncio.gather(starting, carrying, return_exceptions=True)
+            if self._guides is not None:
+                await self._guides.close()
             self._link.close()
         return self._exit_code
 
@@ -173,7 +179,17 @@ class _ApiProcess:
         chat_template = await asyncio.to_thread(_load_chat_template, engine.model_path, api.tokenizer_config_path)
         limits = await self._client.ready()
         self._metrics.set_limits(limits)
-        admission = Admission(api, limits, tokenizer, self._registry, prefill_logprobs=engine.enable_prefill_logprobs)
+        if not api.disable_grammar_support:
+            path = str(Path(engine.model_path) / "tokenizer.json")
+            self._guides = GuideChecker(Setup(path, limits.vocab_size, limits.end_token_ids))
+        admission = Admission(
+            api,
+            limits,
+            tokenizer,
+            self._registry,
+            prefill_logprobs=engine.enable_prefill_logprobs,
+            check_guide=self._guides.check if self._guides is not None else None,
+        )
         generator = Generator(admission, self._client, tokenizer, self._metrics)
         self._state.start_serving(Serving(generator, limits, chat_template))
         self._control.send("ready", port=self._port)

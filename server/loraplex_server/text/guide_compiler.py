@@ -25,20 +25,27 @@ def grammar_of(guide: Guide) -> str:
     """A guide in llguidance's own notation, not compiled yet. Raises GuideError."""
     match guide.kind:
         case "json_schema":
-            schema = json.loads(guide.text)
-            options: dict[str, Any] = {"whitespace_flexible": guide.whitespace is not None}
-            if guide.whitespace is None:
-                # As Python's json writes it, and as most models do.
-                options |= {"item_separator": ", ", "key_separator": ": "}
-            else:
-                options["whitespace_pattern"] = guide.whitespace
-            if isinstance(schema, dict):
-                schema = closed(schema) | {"x-guidance": options}
-            return json.dumps({"grammars": [{"json_schema": schema}]})
+            return _of_schema(guide)
         case "regex":
             return str(llguidance.LLMatcher.grammar_from_regex(guide.text))
         case "grammar":
             return str(llguidance.LLMatcher.grammar_from_lark(_as_lark(guide.text)))
+
+
+def _of_schema(guide: Guide) -> str:
+    options: dict[str, Any] = {"whitespace_flexible": guide.whitespace is not None}
+    if guide.whitespace is None:
+        # As Python's json writes it, and as most models do.
+        options |= {"item_separator": ", ", "key_separator": ": "}
+    else:
+        options["whitespace_pattern"] = guide.whitespace
+    try:
+        schema = closed(json.loads(guide.text))
+        if isinstance(schema, dict):
+            schema["x-guidance"] = options
+        return json.dumps({"grammars": [{"json_schema": schema}]})
+    except RecursionError:
+        raise GuideError("the schema is nested too deeply") from None
 
 
 def _as_lark(text: str) -> str:

@@ -10,7 +10,7 @@ import httpx
 import uvicorn
 
 from loraplex_server.adapter_registry import AdapterRegistry
-from loraplex_server.api.admission import Admission
+from loraplex_server.api.admission import Admission, GuideCheck
 from loraplex_server.api.app import build_app
 from loraplex_server.api.client import EngineClient
 from loraplex_server.api.generation import Generator
@@ -230,6 +230,7 @@ async def api_server(
     prefill_logprobs: bool = False,
     chat_template: str | None = CHAT_TEMPLATE,
     adapters: tuple[str, ...] = ("pirate", "json"),
+    check_guide: GuideCheck | None = None,
     **api_settings: Any,
 ) -> AsyncIterator[TestServer]:
     """The API over an engine; in memory, or with `live` behind a real socket."""
@@ -248,7 +249,9 @@ async def api_server(
     if is_ready:
         metrics.set_limits(limits)
         tokenizer: Any = ByteTokenizer()
-        admission = Admission(config.api, limits, tokenizer, registry, prefill_logprobs=prefill_logprobs)
+        admission = Admission(
+            config.api, limits, tokenizer, registry, prefill_logprobs=prefill_logprobs, check_guide=check_guide
+        )
         generator = Generator(admission, client, tokenizer, metrics)
         template = ChatTemplate(chat_template, {"eos_token": ";"}) if chat_template else None
         state.start_serving(Serving(generator, limits, template))

@@ -318,8 +318,6 @@ def test_the_tokenizers_start_token_is_added_when_asked() -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"guided_regex": "a+"}, "guided_regex"),
         ({"min_tokens": 3}, "min_tokens"),
         ({"chat_template": "x"}, "chat_template"),
         ({"continue_final_message": True}, "continue_final_message"),

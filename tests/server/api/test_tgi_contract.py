@@ -314,7 +314,7 @@ ORDER_ROWS = [
     ({"inputs": "", "truncate": 0}, "`inputs` cannot be empty"),
     ({"truncate": 0, "max_new_tokens": 1000}, "`truncate`"),
     ({"inputs": "x" * 50, "max_new_tokens": 30}, "`inputs` tokens + `max_new_tokens`"),
-    ({"inputs": "x" * 50, "grammar": {}}, "`inputs` must have less than"),
+    ({"inputs": "x" * 50, "grammar": {"type": "regex", "value": "("}}, "`inputs` must have less than"),
 ]
 
 

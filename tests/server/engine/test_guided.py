@@ -135,7 +135,11 @@ def test_an_output_that_is_too_long_is_cut_as_without_a_grammar(bench: EngineBen
 
 @pytest.mark.parametrize(
     ("bad", "why"),
-    [("start: a\na: a", "no text can go on"), ("start: (", "grammar is not valid"), ('start: "a" b\nb: b "c"', "no text")],
+    [
+        ("start: a\na: a", "no text can go on"),
+        ("start: (", "grammar is not valid"),
+        ('start: "a" b\nb: b "c"', "no text"),
+    ],
 )
 def test_a_grammar_that_fails_ends_its_own_request_only(bench: EngineBench, bad: str, why: str) -> None:
     bench.start()

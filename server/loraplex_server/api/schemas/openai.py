@@ -6,9 +6,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from loraplex_server.api.job import GenerationJob
+from loraplex_server.api.schemas.structure import format_guide, older_vllm_guides, only_one, structured_guide
 from loraplex_server.api.schemas.tgi import Float32, Int32, UInt32
 from loraplex_server.errors import InvalidRequest
 from loraplex_server.text.chat_template import Conversation, Message
+from loraplex_server.text.guides import Guide
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1_024
@@ -54,12 +56,15 @@ class _GenerationBody(_Body):
     stream_options: StreamOptions | None = None
     truncate_prompt_tokens: Int32 | None = Field(None, description="keep only the last so many tokens of the prompt")
     min_tokens: UInt32 | None = Field(None, description="not supported yet")
-    response_format: dict[str, Any] | None = Field(None, description='only {"type": "text"} yet')
-    structured_outputs: dict[str, Any] | None = Field(None, description="not supported yet")
-    guided_json: Any = Field(None, description="not supported yet")
-    guided_regex: Any = Field(None, description="not supported yet")
-    guided_choice: Any = Field(None, description="not supported yet")
-    guided_grammar: Any = Field(None, description="not supported yet")
+    response_format: dict[str, Any] | None = Field(None, description="what the text must be: type text, json_object "
+                                                   "or json_schema; also TGI's and LoRAX's forms")  # fmt: skip
+    structured_outputs: dict[str, Any] | None = Field(None, description="what the text must be: one of json, regex, "
+                                                      "choice, grammar, json_object")  # fmt: skip
+    guided_json: Any = Field(None, description="JSON schema that the text must satisfy")
+    guided_regex: Any = Field(None, description="regular expression that the text must match")
+    guided_choice: Any = Field(None, description="texts, one of which is the answer")
+    guided_grammar: Any = Field(None, description="grammar of the text, in Lark's notation or GBNF")
+    guided_whitespace_pattern: str | None = Field(None, description="white space in JSON, a regular expression")
     prompt_logprobs: Int32 | None = Field(None, description="not supported; `echo` of /v1/completions does the same")
     allowed_token_ids: list[Any] | None = Field(None, description="not supported yet")
     bad_words: list[Any] | None = Field(None, description="not supported yet")
@@ -93,8 +98,6 @@ class _GenerationBody(_Body):
             raise InvalidRequest("`typical_p` must be > 0.0 and <= 1.0")
         if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens < 1:
             raise InvalidRequest("`truncate_prompt_tokens` must be >= 1")
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise InvalidRequest("`response_format` other than text is not supported yet")
         for name in _NOT_SERVED:
             if getattr(self, name):
                 raise InvalidRequest(f"`{name}` is not supported")
@@ -123,6 +126,26 @@ class _GenerationBody(_Body):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             truncate=self.truncate_prompt_tokens,
+            guide=self.guide(),
+        )
+
+    def guide(self) -> Guide | None:
+        """What the text must look like. Raises InvalidRequest."""
+        return only_one(
+            "`response_format`, `structured_outputs` and `guided_*`",
+            [
+                format_guide("response_format", self.response_format),
+                structured_guide("structured_outputs", self.structured_outputs),
+                *older_vllm_guides(
+                    {
+                        "json": self.guided_json,
+                        "regex": self.guided_regex,
+                        "choice": self.guided_choice,
+                        "grammar": self.guided_grammar,
+                    },
+                    self.guided_whitespace_pattern,
+                ),
+            ],
         )
 
     def _bias_by_token(self) -> dict[int, float] | None:
@@ -143,8 +166,7 @@ class _GenerationBody(_Body):
 
 
 _NOT_SERVED = (
-    "min_tokens", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-    "prompt_logprobs", "allowed_token_ids", "bad_words",
+    "min_tokens", "prompt_logprobs", "allowed_token_ids", "bad_words",
 )  # fmt: skip
 
 

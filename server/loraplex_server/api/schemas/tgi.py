@@ -6,6 +6,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraplex_server.api.job import Completion, FinishedJob, FinishedSequence, GenerationJob, PromptToken, Token
+from loraplex_server.api.schemas.structure import format_guide, only_one
 from loraplex_server.errors import InvalidRequest
 
 MAX_ADAPTER_ID_LENGTH = 512
@@ -49,8 +50,11 @@ class GenerateParameters(_Body):
     top_n_tokens: UInt32 | None = Field(None, description="report so many of the likeliest tokens at each place")
     ignore_eos_token: bool | None = Field(None, description="go on after the end token")
     return_k_alternatives: Int32 | None = Field(None, description="not supported; top_n_tokens does the same")
-    grammar: dict[str, Any] | None = Field(None, description="not supported yet")
-    response_format: dict[str, Any] | None = Field(None, description="not supported yet")
+    grammar: dict[str, Any] | None = Field(None, description="what the text must look like: type json, json_schema or "
+                                           "regex, and its value",
+                                           examples=[{"type": "regex", "value": "(yes|no)"}])  # fmt: skip
+    response_format: dict[str, Any] | None = Field(None, description="the same in LoRAX's words: type json_object, "
+                                                   "and a schema")  # fmt: skip
 
 
 class GenerateBody(_Body):
@@ -86,7 +90,10 @@ class GenerateBody(_Body):
             watermark=bool(asked.watermark),
             top_n_tokens=asked.top_n_tokens,
             prompt_logprobs=bool(asked.decoder_input_details),
-            has_grammar=asked.grammar is not None or asked.response_format is not None,
+            guide=only_one(
+                "`grammar` and `response_format`",
+                [format_guide("grammar", asked.grammar), format_guide("response_format", asked.response_format)],
+            ),
         )
 
     @property
