@@ -80,7 +80,7 @@ def test_huggingface_gets_grammars_by_both_routes(demo_server: LaunchedServer) -
     assert re.fullmatch(PHONE, client.text_generation("Call:", grammar={"type": "regex", "value": PHONE}, **asked))
     validated(client.text_generation("A pirate:", grammar={"type": "json", "value": SCHEMA}, **asked))
     pieces = client.text_generation("Call:", grammar={"type": "regex", "value": PHONE}, stream=True, **asked)
-    assert re.fullmatch(PHONE, "".join(pieces))
+    assert re.fullmatch(PHONE, "".join(pieces).removesuffix("<|im_end|>"))  # TGI shows the end token in streams
     for response_format in (
         {"type": "json_schema", "json_schema": {"name": "pirate", "schema": SCHEMA}},
         {"type": "json_object", "value": SCHEMA},
