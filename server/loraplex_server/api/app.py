@@ -8,7 +8,16 @@ from starlette.routing import Route
 
 from loraplex_server.api.http_errors import handle_http_exception, handle_loraplex_error
 from loraplex_server.api.middleware import ApiKeys, BodyLimit, RequestLog
-from loraplex_server.api.routes import models, openai_chat, openai_completions, platforms, service, tgi, tokenize
+from loraplex_server.api.routes import (
+    models,
+    openai_chat,
+    openai_completions,
+    platforms,
+    responses,
+    service,
+    tgi,
+    tokenize,
+)
 from loraplex_server.api.state import ApiState
 from loraplex_server.errors import LoraplexError
 
@@ -24,6 +33,7 @@ ROUTES = [
     Route("/vertex", platforms.vertex, methods=["POST"]),
     Route("/v1/chat/completions", openai_chat.chat_completions, methods=["POST"]),
     Route("/v1/completions", openai_completions.completions, methods=["POST"]),
+    Route("/v1/responses", responses.responses, methods=["POST"]),
     Route("/v1/models", models.list_models, methods=["GET"]),
     Route("/v1/models/{model_id:path}", models.get_model, methods=["GET"]),
     Route("/health", service.health, methods=["GET"]),

@@ -83,6 +83,7 @@ class Completion:
     seed: int | None  # None when tokens were not drawn
     num_prompt_tokens: int
     num_generated_tokens: int
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     prompt_tokens: list[PromptToken]
     prompt_top_tokens: list[list[Token]] = field(default_factory=list)  # one list a prompt token, where asked for
 

@@ -59,7 +59,10 @@ class ChunkWriter(Protocol):
         """The events of one choice's delta."""
 
     def end(self) -> bytes:
-        """What comes after the last delta of all choices, before [DONE]."""
+        """What comes after the last delta of all choices; the stream's last words."""
+
+    def fail(self, error: ErrorBody) -> bytes:
+        """The stream's last words when it fails."""
 
 
 async def stream_response(
@@ -83,17 +86,18 @@ async def _events(
                     yield chunks
         yield writer.end()
     except LoraplexError as error:
-        yield _error_event(request, error_body(error))
+        request.state.error_type = error.error_type
+        yield writer.fail(error_body(error))
     except Exception:
         # The status is out: the client learns of our mistake by an event, and the log has the cause.
         logger.exception("a stream failed")
-        yield _error_event(request, INTERNAL_ERROR)
-    yield DONE
+        request.state.error_type = INTERNAL_ERROR.error_type
+        yield writer.fail(INTERNAL_ERROR)
 
 
-def _error_event(request: Request, body: ErrorBody) -> bytes:
-    request.state.error_type = body.error_type
-    return event(openai_error_body(body))
+def failed(error: ErrorBody) -> bytes:
+    """The last words of a failed stream of chat and completions."""
+    return event(openai_error_body(error)) + DONE
 
 
 def note_for_log(request: Request, adapter_id: str | None, num_tokens: int = 0) -> None:

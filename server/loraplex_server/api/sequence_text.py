@@ -22,6 +22,7 @@ class SequenceText:
         self._seed = seed
         self._pieces: list[str] = []
         self._num_tokens = 0
+        self._num_cached_tokens = 0
         self._prompt_logprobs: list[float | None] | None = None
         self._prompt_top_logprobs: list[list[TopLogprob]] = []
 
@@ -29,6 +30,7 @@ class SequenceText:
         """The tokens of one output; those behind a stop string are left out."""
         if output.finish_reason == "error":
             raise GenerationFailed(output.error or "the engine gave no reason")
+        self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = output.prompt_logprobs
             self._prompt_top_logprobs = output.prompt_top_logprobs
@@ -86,6 +88,7 @@ class SequenceText:
             seed=self._seed,
             num_prompt_tokens=len(self._prompt_token_ids),
             num_generated_tokens=self._num_tokens,
+            num_cached_tokens=self._num_cached_tokens,
             prompt_tokens=self._prompt_tokens(),
             prompt_top_tokens=[self._top_tokens(top) for top in self._prompt_top_logprobs],
         )

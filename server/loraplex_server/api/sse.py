@@ -24,6 +24,11 @@ def event(data: object) -> bytes:
     return b"data: " + _encode(data) + b"\n\n"
 
 
+def named_event(name: str, data: object) -> bytes:
+    """One event with an `event:` line."""
+    return b"event: " + name.encode() + b"\n" + event(data)
+
+
 def _keep_alive() -> bytes:
     return b":\n\n"
 

@@ -8,9 +8,18 @@ from starlette.responses import Response
 from loraplex_server.api.body import read_body
 from loraplex_server.api.choices import ChoiceReason, ChoiceText, complete_all, repeated
 from loraplex_server.api.disconnect import while_connected
+from loraplex_server.api.http_errors import ErrorBody
 from loraplex_server.api.job import FinishedJob, TextDelta
 from loraplex_server.api.model_names import adapter_of
-from loraplex_server.api.openai_stream import Envelope, answer_headers, new_envelope, note_for_log, stream_response
+from loraplex_server.api.openai_stream import (
+    DONE,
+    Envelope,
+    answer_headers,
+    failed,
+    new_envelope,
+    note_for_log,
+    stream_response,
+)
 from loraplex_server.api.schemas.openai import ChatBody
 from loraplex_server.api.schemas.openai_answers import (
     AssistantMessage,
@@ -133,10 +142,14 @@ class _ChatChunks:
         return b"".join(events)
 
     def end(self) -> bytes:
-        """The chunk with the counts, if it was asked for."""
+        """The chunk with the counts, if it was asked for, and [DONE]."""
         if not self._body.wants_usage_chunk:
-            return b""
-        return event(self._chunk([], usage(self._num_prompt_tokens, self._num_generated_tokens)))
+            return DONE
+        return event(self._chunk([], usage(self._num_prompt_tokens, self._num_generated_tokens))) + DONE
+
+    def fail(self, error: ErrorBody) -> bytes:
+        """The error and [DONE]."""
+        return failed(error)
 
     def _event(self, choice: ChatChunkChoice) -> bytes:
         return event(self._chunk([choice], None))

@@ -10,9 +10,18 @@ from starlette.responses import Response
 from loraplex_server.api.body import read_body
 from loraplex_server.api.choices import ChoiceText, complete_all, repeated
 from loraplex_server.api.disconnect import while_connected
+from loraplex_server.api.http_errors import ErrorBody
 from loraplex_server.api.job import FinishedJob, TextDelta
 from loraplex_server.api.model_names import adapter_of
-from loraplex_server.api.openai_stream import Envelope, answer_headers, new_envelope, note_for_log, stream_response
+from loraplex_server.api.openai_stream import (
+    DONE,
+    Envelope,
+    answer_headers,
+    failed,
+    new_envelope,
+    note_for_log,
+    stream_response,
+)
 from loraplex_server.api.schemas.openai import CompletionBody
 from loraplex_server.api.schemas.openai_answers import (
     CompletionAnswer,
@@ -172,11 +181,15 @@ class _CompletionChunks:
         return b"".join(events)
 
     def end(self) -> bytes:
-        """The chunk with the counts, if it was asked for."""
+        """The chunk with the counts, if it was asked for, and [DONE]."""
         if not self._shown.body.wants_usage_chunk:
-            return b""
+            return DONE
         counts = usage(sum(self._num_prompt_tokens.values()), self._num_generated_tokens)
-        return event(_answer(self._envelope, [], counts))
+        return event(_answer(self._envelope, [], counts)) + DONE
+
+    def fail(self, error: ErrorBody) -> bytes:
+        """The error and [DONE]."""
+        return failed(error)
 
     def _event(self, choice: CompletionChoice) -> bytes:
         return event(_answer(self._envelope, [choice], None if self._shown.body.wants_usage_chunk else UNSET))

@@ -1,0 +1,66 @@
+"""Rows of langchain-huggingface and langchain-openai."""
+
+from langchain_huggingface import ChatHuggingFace, HuggingFaceEndpoint
+from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel, Field
+from rows import PIRATE, PROMPT, QUESTION, main, row
+
+
+class City(BaseModel):
+    """A city."""
+
+    city: str = Field(max_length=12)
+
+
+def openai_chat(url: str) -> ChatOpenAI:
+    return ChatOpenAI(base_url=f"{url}/v1", api_key="none", model="pirate", max_tokens=24, temperature=0)
+
+
+@row
+def openai_chat_invoke(url: str) -> None:
+    assert openai_chat(url).invoke(QUESTION).content.startswith(PIRATE)
+
+
+@row
+def openai_chat_stream(url: str) -> None:
+    assert "".join(chunk.content for chunk in openai_chat(url).stream(QUESTION)).startswith(PIRATE)
+
+
+@row
+def openai_chat_structured_output(url: str) -> None:
+    model = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model="tgi", max_tokens=60, temperature=0)
+    assert isinstance(model.with_structured_output(City).invoke(QUESTION), City)
+
+
+@row
+def openai_completions(url: str) -> None:
+    model = OpenAI(base_url=f"{url}/v1", api_key="none", model="pirate", max_tokens=24, temperature=0)
+    assert model.invoke(PROMPT).startswith(PIRATE)
+    assert "".join(model.stream(PROMPT)).startswith(PIRATE)
+
+
+def endpoint(url: str) -> HuggingFaceEndpoint:
+    return HuggingFaceEndpoint(
+        endpoint_url=url, huggingfacehub_api_token="none", max_new_tokens=24, do_sample=False,
+        model_kwargs={"adapter_id": "pirate"},
+    )  # fmt: skip
+
+
+@row
+def huggingface_endpoint_invoke(url: str) -> None:
+    assert PIRATE in endpoint(url).invoke(PROMPT)
+
+
+@row
+def huggingface_endpoint_stream(url: str) -> None:
+    assert PIRATE in "".join(endpoint(url).stream(PROMPT))
+
+
+@row
+def huggingface_chat(url: str) -> None:
+    chat = ChatHuggingFace(llm=endpoint(url), model_id="HuggingFaceTB/SmolLM2-135M-Instruct", max_tokens=24)
+    assert chat.invoke(QUESTION).content
+    assert "".join(chunk.content for chunk in chat.stream(QUESTION))
+
+
+main()

@@ -1,0 +1,108 @@
+"""The released clients against the demo in real processes: one row each, pass or fail, as a table.
+
+    python tests/clients/matrix.py                     build what is missing, serve the demo, run every row
+    python tests/clients/matrix.py --only litellm      the clients whose names hold this
+    python tests/clients/matrix.py --url http://…      against a server that runs already
+
+Ends with 0 when every row has passed. The environments are built from the package index and kept in .cache/clients.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from environments import clean_environment, node_folder, python_of
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from demo_server import LaunchedServer  # noqa: E402  # a helper of the tests, one folder up
+
+# Client → environment and script.
+CLIENTS = {
+    "huggingface_hub": ("own", "huggingface_hub_rows.py"),
+    "openai": ("own", "openai_rows.py"),
+    "lorax-client": ("legacy", "lorax_client_rows.py"),
+    "text-generation": ("legacy", "text_generation_rows.py"),
+    "langchain": ("langchain", "langchain_rows.py"),
+    "litellm": ("litellm", "litellm_rows.py"),
+    "javascript": ("node", "javascript_rows.mjs"),
+}
+SCRIPT_TIMEOUT_S = 600
+SERVER_FLAGS = ("--num-threads", "1", "--enable-prefill-logprobs")
+
+
+@contextmanager
+def served_demo() -> Iterator[str]:
+    """The address of a demo of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = LaunchedServer(Path(folder, "log"), "demo", *SERVER_FLAGS)
+        try:
+            yield server.wait_ready().url
+            assert server.stop() == 0, server.said
+        finally:
+            server.end_by_force()
+
+
+def command_of(client: str) -> list[str] | None:
+    """What runs a client's rows; None where it cannot run."""
+    environment, script = CLIENTS[client]
+    if environment != "node":
+        return [python_of(environment), str(HERE / script)]
+    folder = node_folder()
+    if folder is None:
+        return None
+    # Node looks for packages beside the script.
+    return ["node", shutil.copy(HERE / script, folder / script)]
+
+
+def run_rows(client: str, url: str, wanted: str = "") -> list[dict[str, object]]:
+    """The rows of one client."""
+    command = command_of(client)
+    if command is None:
+        return [{"row": "every row", "ok": False, "why": "node and npm are not there"}]
+    run = subprocess.run(
+        [*command, url, wanted], capture_output=True, text=True, timeout=SCRIPT_TIMEOUT_S, check=False,
+        env=clean_environment(),
+    )  # fmt: skip
+    found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    if run.returncode:
+        found.append({"row": "the script", "ok": False, "why": run.stderr[-600:]})
+    return found
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="a running demo")
+    parser.add_argument("--only", default="", help="part of the client's name")
+    parser.add_argument("--row", default="", help="part of the row's name")
+    asked = parser.parse_args()
+    clients = [name for name in CLIENTS if asked.only in name]
+    num_failed = num_rows = 0
+
+    def run_all(url: str) -> None:
+        nonlocal num_failed, num_rows
+        for client in clients:
+            for found in run_rows(client, url, asked.row):
+                num_rows += 1
+                num_failed += not found["ok"]
+                print(f"{'pass' if found['ok'] else 'FAIL'}  {client:16} {found['row']:42} {found['why']}", flush=True)
+
+    if asked.url:
+        run_all(asked.url)
+    else:
+        with served_demo() as url:
+            run_all(url)
+    print(f"{num_rows - num_failed} of {num_rows} rows pass")
+    return int(num_failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""/v1/responses: the shapes that the SDKs read, whole and as events, and what is refused."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+from scripted_engine import EOS, ScriptedEngine, TestServer, with_server
+
+stream_event: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+
+
+def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    events = []
+    for block in answer.text.removesuffix("\n\n").split("\n\n"):
+        name, data = block.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    return events
+
+
+def test_a_whole_answer_is_one_message_and_the_sdks_type() -> None:
+    async def test(server: TestServer) -> None:
+        body = {"model": "pirate", "input": "hi", "metadata": {"a": "b"}, "max_output_tokens": 9, "store": True}
+        answer = await server.http.post("/v1/responses", json=body)
+        assert answer.headers["x-adapter-id"] == "pirate"
+        found = Response.model_validate(answer.json(), strict=False)
+        assert (found.output_text, found.status, found.model, found.metadata) == (
+            "arr",
+            "completed",
+            "pirate",
+            {"a": "b"},
+        )
+        assert found.usage is not None
+        assert found.usage.total_tokens == found.usage.input_tokens + found.usage.output_tokens
+        assert found.usage.output_tokens == 4
+        assert answer.json()["store"] is False
+        assert server.engine.requests[0].adapter_id == "pirate"
+
+    with_server(test)
+
+
+def test_an_answer_that_ends_at_the_limit_is_incomplete() -> None:
+    async def test(server: TestServer) -> None:
+        for stream in (False, True):
+            body = {"input": "hi", "max_output_tokens": 5, "stream": stream}
+            answer = await server.http.post("/v1/responses", json=body)
+            found = events_of(answer)[-1]["response"] if stream else answer.json()
+            assert (found["status"], found["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+            assert found["output"][0]["content"][0]["text"] == "hello"
+
+    with_server(test)
+
+
+def test_instructions_and_items_become_the_conversation() -> None:
+    async def test(server: TestServer) -> None:
+        items = [
+            {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
+            {"role": "user", "content": "c"},
+        ]
+        await server.http.post("/v1/responses", json={"instructions": "s", "input": items})
+        assert bytes(server.engine.requests[0].prompt_token_ids).decode() == "s:s;u:a;a:b;u:c;a:"
+
+    with_server(test)
+
+
+def test_a_stream_is_the_named_events_that_the_sdks_know() -> None:
+    async def test(server: TestServer) -> None:
+        answer = await server.http.post("/v1/responses", json={"model": "json", "input": "hi", "stream": True})
+        assert answer.headers["content-type"] == "text/event-stream"
+        events = events_of(answer)
+        for event in events:
+            stream_event.validate_python(event)
+        kinds = [event["type"].removeprefix("response.") for event in events]
+        first = ["created", "in_progress", "output_item.added", "content_part.added"]
+        last = ["output_text.done", "content_part.done", "output_item.done", "completed"]
+        assert kinds == first + ["output_text.delta"] * (len(kinds) - 8) + last
+        text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+        assert text == events[-1]["response"]["output"][0]["content"][0]["text"] == '{"a": 1}'
+
+    with_server(test)
+
+
+def test_a_stream_that_fails_ends_with_an_error_the_sdks_raise() -> None:
+    async def test(server: TestServer) -> None:
+        answer = await server.http.post("/v1/responses", json={"input": "hi", "stream": True})
+        *_, failed, error = events_of(answer)
+        assert (failed["type"], failed["response"]["status"]) == ("response.failed", "failed")
+        assert error["error_type"] == "generation" and "boom" in error["error"]["message"]
+
+    with_server(test, engine=ScriptedEngine(fail_at=2))
+
+
+def test_an_answer_of_nothing_is_an_empty_text() -> None:
+    async def test(server: TestServer) -> None:
+        answer = (await server.http.post("/v1/responses", json={"input": "hi"})).json()
+        assert answer["output"][0]["content"][0]["text"] == ""
+
+    with_server(test, engine=ScriptedEngine(token_ids=[EOS]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"background": True}, "background"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"input": []}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": 5}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image"),
+        ({"input": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"input": [{"role": "user"}]}, "content"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "function_call_output"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"metadata": {"a": 1}}, "metadata"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
+    async def test(server: TestServer) -> None:
+        answer = await server.http.post("/v1/responses", json={"input": "hi"} | fields)
+        assert answer.status_code == 422 and named in answer.json()["error"]["message"]
+        assert not server.engine.requests
+
+    with_server(test)
+
+
+def test_an_unknown_model_is_404_before_a_stream_begins() -> None:
+    async def test(server: TestServer) -> None:
+        answer = await server.http.post("/v1/responses", json={"model": "no", "input": "hi", "stream": True})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+    with_server(test)
+
+
+def test_null_is_the_same_as_absent() -> None:
+    async def test(server: TestServer) -> None:
+        nulls = dict.fromkeys(
+            ("model", "instructions", "max_output_tokens", "temperature", "top_p", "stream", "text", "tools",
+             "tool_choice", "parallel_tool_calls", "metadata", "store", "user", "previous_response_id")
+        )  # fmt: skip
+        answer = await server.http.post("/v1/responses", json={"input": "hi", **nulls})
+        assert answer.json()["output"][0]["content"][0]["text"] == "hello world"
+
+    with_server(test)
