@@ -1,19 +1,15 @@
 """Rank pages: how adapters lie in device memory, what one takes there, and who has which page; no torch.
 
-Layout, for kernels. A page holds `PAGE_ROWS` neighbouring rank rows of one module of one layer (as
-`layers.0.self_attn.q_proj`), in the model's dtype: first rows r … r + 7 of A, each `in` long, then the same rows of B
-transposed, each `out` long. All rows are dense, so rank row j of a module starts
-
-    for A  at  page[j // 8] + (j % 8) * in
-    for B  at  page[j // 8] + 8 * in + (j % 8) * out        (in elements from the page's begin)
-
-An adapter of rank r has ceil(r / 8) pages for each module that it changes and none for the others; rows beyond r in its
-last page are never written and must be masked by the rank. Nothing depends on the ranks of other adapters. Scaling and
-the gain of DoRA are folded into B. A layer that fuses modules (q, k, v) has the pages of each of its parts.
+Linears that are fused into one (q, k and v; gate and up) are a class, every other linear is one by itself. A page holds
+`PAGE_ROWS` ranks of one adapter for all layers of a class: for each layer the rows of A of every part, each `in` long,
+then the same rows of B transposed, each as long as the outputs of all parts. So an adapter whose highest rank in a
+class is r has ceil(r / 8) pages of it, and none of the classes that it leaves alone; nothing depends on the ranks of
+other adapters. Rows beyond a module's own rank are never read. Scaling, and the gain of DoRA, are part of B. Kernels
+find the layout in `loraplex_kernels.lora_pages`.
 
 Pages lie in chunks. A chunk serves pages of one size only, side by side from its begin, and goes back to the pool with
-its last page; so memory never stays bound to one size. Vectors and full matrices that some adapters bring (`dense`) are
-tensors of their own, in the same budget.
+its last page, so that memory never stays bound to one class. Vectors and full matrices that some adapters bring
+(`dense`) are tensors of their own, in the same budget.
 
 The allocator decides by numbers alone and always alike: rank 0 plans with one, and each rank that keeps pages follows
 with its own and finds every page at the same place.
@@ -26,20 +22,31 @@ from dataclasses import dataclass, field
 
 PAGE_ROWS = 8
 # A chunk holds at least so many of the largest pages: what is left at its end is then a small share.
-MIN_PAGES_PER_CHUNK = 16
+MIN_PAGES_PER_CHUNK = 4
 
-# Modules of one kind and rank: the kind as `module_shapes` names it, the rank, and in how many layers.
-RankRows = tuple[str, int, int]
+# Modules of one kind, as `module_shapes` names it (or embed_tokens, lm_head), and their highest rank.
+RankRows = tuple[str, int]
+# The kinds that share a class; every other kind is one by itself.
+CLASS_OF = {
+    "self_attn.q_proj": "qkv",
+    "self_attn.k_proj": "qkv",
+    "self_attn.v_proj": "qkv",
+    "mlp.gate_proj": "gate_up",
+    "mlp.up_proj": "gate_up",
+}
 
 
 def pages_for(rank: int) -> int:
-    """Pages of one module of that rank."""
+    """Pages of a class for that rank."""
     return -(-rank // PAGE_ROWS)
 
 
-def page_bytes(shapes: Mapping[str, tuple[int, int]], itemsize: int) -> dict[str, int]:
-    """The size of a page of each kind of module, from its input and output size on this rank."""
-    return {kind: PAGE_ROWS * (num_in + num_out) * itemsize for kind, (num_in, num_out) in shapes.items()}
+def page_bytes(shapes: Mapping[str, tuple[int, int]], num_layers: int, itemsize: int) -> dict[str, int]:
+    """The size of a page of each class, from the input and output size of each kind of module on this rank."""
+    sizes: Counter[str] = Counter()
+    for kind, (num_in, num_out) in shapes.items():
+        sizes[CLASS_OF.get(kind, kind)] += num_layers * PAGE_ROWS * (num_in + num_out) * itemsize
+    return dict(sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +64,13 @@ class Footprint:
 
 def footprint(rank_rows: Iterable[RankRows], dense_elements: int, sizes: Mapping[str, int], itemsize: int) -> Footprint:
     """The footprint of an adapter; `sizes` are from `page_bytes`."""
+    ranks: dict[str, int] = {}
+    for kind, rank in rank_rows:
+        name = CLASS_OF.get(kind, kind)
+        ranks[name] = max(rank, ranks.get(name, 0))
     pages: Counter[int] = Counter()
-    for kind, rank, num_layers in rank_rows:
-        pages[sizes[kind]] += pages_for(rank) * num_layers
+    for name, rank in ranks.items():
+        pages[sizes[name]] += pages_for(rank)
     return Footprint(dict(pages), dense_elements * itemsize)
 
 

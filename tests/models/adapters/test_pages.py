@@ -3,19 +3,15 @@
 import random
 
 import pytest
-from adapter_files import SHAPES
+from adapter_files import NUM_LAYERS, SHAPES
 
 from loraplex_models.adapters.pages import Footprint, PagePool, chunk_size, footprint, page_bytes, pages_for
 
-SIZES = page_bytes(SHAPES, 4)
-
-
-def rows(rank: int, kinds: tuple[str, ...] = tuple(SHAPES), num_layers: int = 2) -> tuple[tuple[str, int, int], ...]:
-    return tuple((kind, rank, num_layers) for kind in kinds)
+SIZES = page_bytes(SHAPES, NUM_LAYERS, 4)
 
 
 def need(rank: int, kinds: tuple[str, ...] = tuple(SHAPES), dense_elements: int = 0) -> Footprint:
-    return footprint(rows(rank, kinds), dense_elements, SIZES, 4)
+    return footprint(tuple((kind, rank) for kind in kinds), dense_elements, SIZES, 4)
 
 
 @pytest.mark.parametrize(("rank", "pages"), [(1, 1), (8, 1), (9, 2), (16, 2), (17, 3), (64, 8), (512, 64)])
@@ -32,8 +28,13 @@ def test_ranks_8_and_64_side_by_side_take_one_to_eight() -> None:
     assert pool.bytes_of("large") == 8 * pool.bytes_of("small") > 0
 
 
-def test_an_adapter_takes_pages_of_its_own_modules_only() -> None:
-    assert need(8, ("self_attn.q_proj",)).num_bytes == 2 * SIZES["self_attn.q_proj"]
+def test_an_adapter_takes_pages_of_its_own_classes_only() -> None:
+    assert need(8, ("self_attn.o_proj",)).num_bytes == SIZES["self_attn.o_proj"] == 2 * 8 * (32 + 32) * 4
+
+
+def test_a_class_takes_as_many_pages_as_its_highest_rank() -> None:
+    mixed = footprint((("self_attn.q_proj", 4), ("self_attn.v_proj", 20)), 0, SIZES, 4)
+    assert mixed.num_bytes == 3 * SIZES["qkv"]
 
 
 def test_dense_tensors_count() -> None:
