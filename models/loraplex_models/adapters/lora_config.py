@@ -5,11 +5,12 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from loraplex_models.adapters.refusal import ManifestError, RefusalType, shown, shown_names
+from loraplex_models.adapters.lora_features import CONFIG_FILE as CONFIG_FILE
+from loraplex_models.adapters.lora_features import LoraFeatures, flag, parse_features, refuse
+from loraplex_models.adapters.refusal import ManifestError, shown, shown_names
 
-CONFIG_FILE = "adapter_config.json"
 DEFAULT_RANK = 8  # PEFT's defaults, for files that leave the fields out
 DEFAULT_ALPHA = 8
 
@@ -23,23 +24,18 @@ SAVE_WITHOUT = "train and save the adapter without it"
 
 # Fields that change the output and are not served: with any value but these, the adapter is refused.
 UNSERVED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "use_dora": ((None, False), "DoRA is not served: train with use_dora false, or merge the adapter into its base"),
-    "lora_bias": ((None, False), "a bias of lora_B is not served: train with lora_bias false"),
-    "bias": ((None, "none"), "trained biases of the base are not served: train with bias 'none'"),
-    "modules_to_save": ((None, []), "full copies of modules are not served: train with modules_to_save null"),
     "use_qalora": ((None, False), f"QA-LoRA is not served: {SAVE_WITHOUT}"),
-    "use_bdlora": ((None, False), f"block-diagonal LoRA is not served: {SAVE_WITHOUT}"),
     "kasa_config": ((None,), f"KaSA changes the base weights and is not served: {SAVE_WITHOUT}"),
     "arrow_config": ((None,), "Arrow's routing over adapters is not served: serve the adapters one by one"),
-    "alora_invocation_tokens": ((None, []), f"activated LoRA is not served: {SAVE_WITHOUT}"),
     "layer_replication": ((None, []), "repeated base layers are not served: merge the adapter into its base"),
     "target_parameters": ((None, []), "LoRA on raw parameters is not served: use target_modules"),
-    "trainable_token_indices": ((None, [], {}), f"trained token rows are not served: {SAVE_WITHOUT}"),
-    "ensure_weight_tying": (
-        (None, False),
-        "adapters on tied embeddings are not served: set it to false if neither embed_tokens nor lm_head is adapted",
-    ),
 }
+
+# Fields that `lora_features` reads.
+FEATURE_FIELDS = frozenset((
+    "use_dora", "lora_bias", "bias", "modules_to_save", "use_bdlora", "alora_invocation_tokens",
+    "trainable_token_indices", "ensure_weight_tying",
+))  # fmt: skip
 
 # Fields without effect on what is served here: about training, about the file, or decided by the tensors' names.
 HARMLESS_FIELDS = frozenset((
@@ -85,6 +81,7 @@ class LoraConfig:
     alpha_pattern: Patterns
     target_modules: tuple[str, ...] | None  # None: not a list of names
     base_model_name: str | None
+    features: LoraFeatures
     warnings: tuple[str, ...]
 
     def module_rank(self, module_name: str) -> int:
@@ -97,39 +94,28 @@ class LoraConfig:
         return (self.alpha if alpha is None else alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _refuse(field: str, value: Any, problem: str, error_type: RefusalType = "adapter_invalid") -> NoReturn:
-    raise ManifestError(f"{CONFIG_FILE}: {field} is {shown(value)}: {problem}", error_type)
-
-
 def _rank(field: str, value: Any) -> int:
     if type(value) is not int or value < 1:
-        _refuse(field, value, "a rank is an integer of at least 1")
+        refuse(field, value, "a rank is an integer of at least 1")
     return value
 
 
 def _alpha(field: str, value: Any) -> float:
     if type(value) not in (int, float):
-        _refuse(field, value, "an alpha is a number")
+        refuse(field, value, "an alpha is a number")
     try:
         alpha = float(value)
     except OverflowError:
         alpha = math.inf
     if not math.isfinite(alpha):
-        _refuse(field, value, "an alpha is a finite number")
+        refuse(field, value, "an alpha is a finite number")
     return alpha
-
-
-def _flag(raw: dict[str, Any], field: str) -> bool:
-    value = raw.get(field)
-    if value is not None and type(value) is not bool:
-        _refuse(field, value, "it must be true or false")
-    return bool(value)
 
 
 def _compile(field: str, key: str) -> tuple[re.Pattern[str], str]:
     """A pattern's regular expression as PEFT builds it, and the ending that every match must have."""
     if len(key) > MAX_PATTERN_CHARACTERS:
-        _refuse(field, key, f"a pattern has at most {MAX_PATTERN_CHARACTERS} characters")
+        refuse(field, key, f"a pattern has at most {MAX_PATTERN_CHARACTERS} characters")
     is_name = re.fullmatch(r"[\w.]*", key) is not None
     if not is_name:
         # Backtracking explodes where a repeated group repeats, and grows with the number of repeats. Groups with
@@ -137,18 +123,18 @@ def _compile(field: str, key: str) -> tuple[re.Pattern[str], str]:
         bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", key, flags=re.DOTALL).replace("(?:", "(")
         if re.search(r"\)[*+{]|\(\?", bare) or len(re.findall(r"[*+?{]", bare)) > MAX_QUANTIFIERS:
             fix = f"use names, or at most {MAX_QUANTIFIERS} quantifiers, none on a group, and no (?…) but (?:…)"
-            _refuse(field, key, f"such a pattern can take very long: {fix}", "adapter_unsupported")
+            refuse(field, key, f"such a pattern can take very long: {fix}", "adapter_unsupported")
     try:
         pattern = re.compile(rf"(.*\.)?({key})$")
     except (re.error, OverflowError, RecursionError) as error:
-        _refuse(field, key, f"not a regular expression ({error})")
+        refuse(field, key, f"not a regular expression ({error})")
     return pattern, key.rpartition(".")[2] if is_name else ""
 
 
 def _patterns(raw: dict[str, Any], field: str, kind: Literal["rank", "alpha"]) -> Patterns:
     value = raw.get(field) or {}
     if not isinstance(value, dict):
-        _refuse(field, value, "it must be an object of module names and values")
+        refuse(field, value, "it must be an object of module names and values")
     if len(value) > MAX_PATTERNS:
         raise ManifestError(f"{CONFIG_FILE}: {field} has {len(value)} patterns, at most {MAX_PATTERNS} are served")
     check = _rank if kind == "rank" else _alpha
@@ -165,17 +151,17 @@ def _check_method(raw: dict[str, Any], tensor_names: Iterable[str]) -> list[str]
     method = raw.get("peft_type")
     if method is None:
         if not any(".lora_A" in name for name in tensor_names):
-            _refuse("peft_type", method, "no LoRA tensors either: this is not a LoRA adapter", "adapter_unsupported")
+            refuse("peft_type", method, "no LoRA tensors either: this is not a LoRA adapter", "adapter_unsupported")
         return [f"{CONFIG_FILE} has no peft_type; taken for LORA by its tensors"]
     if not isinstance(method, str):
-        _refuse("peft_type", method, "it must be the name of a method")
+        refuse("peft_type", method, "it must be the name of a method")
     if method.upper() == "LORA":
         return []
     if method.upper() in CONVERTIBLE_METHODS:
         fix = "only LORA is served; convert the adapter to LoRA first (peft.convert_to_lora where PEFT can)"
     else:
         fix = "only LORA is served, and this method cannot be turned into it"
-    _refuse("peft_type", method, fix, "adapter_unsupported")
+    refuse("peft_type", method, fix, "adapter_unsupported")
 
 
 def _check_task(raw: dict[str, Any]) -> None:
@@ -183,11 +169,11 @@ def _check_task(raw: dict[str, Any]) -> None:
     if task is None or task == "CAUSAL_LM":
         return
     if task == "SEQ_2_SEQ_LM":
-        _refuse("task_type", task, "trained on an encoder-decoder; this server generates with a decoder",
+        refuse("task_type", task, "trained on an encoder-decoder; this server generates with a decoder",
                 "adapter_incompatible")  # fmt: skip
     if task in HEAD_TASKS:
-        _refuse("task_type", task, "task heads are not served: only CAUSAL_LM", "adapter_unsupported")
-    _refuse("task_type", task, "unknown: only CAUSAL_LM and null are served", "adapter_unsupported")
+        refuse("task_type", task, "task heads are not served: only CAUSAL_LM", "adapter_unsupported")
+    refuse("task_type", task, "unknown: only CAUSAL_LM and null are served", "adapter_unsupported")
 
 
 def _check_init(raw: dict[str, Any]) -> None:
@@ -199,8 +185,8 @@ def _check_init(raw: dict[str, Any]) -> None:
             "this initialisation changed the base weights; save the adapter again with"
             " save_pretrained(…, path_initial_model_for_weight_conversion=…), which turns it into plain LoRA"
         )
-        _refuse("init_lora_weights", init, fix, "adapter_unsupported")
-    _refuse("init_lora_weights", init, "an initialisation that this server does not know", "adapter_unsupported")
+        refuse("init_lora_weights", init, fix, "adapter_unsupported")
+    refuse("init_lora_weights", init, "an initialisation that this server does not know", "adapter_unsupported")
 
 
 def _target_modules(raw: dict[str, Any]) -> tuple[str, ...] | None:
@@ -208,7 +194,7 @@ def _target_modules(raw: dict[str, Any]) -> tuple[str, ...] | None:
     if value is None or isinstance(value, str):
         return None
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        _refuse("target_modules", value, "it must be a list of names, a string or null")
+        refuse("target_modules", value, "it must be a list of names, a string or null")
     return tuple(value)
 
 
@@ -226,7 +212,7 @@ def _check_unserved(raw: dict[str, Any]) -> None:
     for field, (harmless, fix) in UNSERVED_FIELDS.items():
         value = raw.get(field)
         if not any(value == item and type(value) is type(item) for item in harmless):
-            _refuse(field, value, fix, "adapter_unsupported")
+            refuse(field, value, fix, "adapter_unsupported")
 
 
 def parse_lora_config(content: bytes, tensor_names: Iterable[str]) -> LoraConfig:
@@ -239,11 +225,11 @@ def parse_lora_config(content: bytes, tensor_names: Iterable[str]) -> LoraConfig
     _check_task(raw)
     _check_init(raw)
     _check_unserved(raw)
-    _flag(raw, "fan_in_fan_out")  # how the base stores its weight; A and B are the same either way
+    flag(raw, "fan_in_fan_out")  # how the base stores its weight; A and B are the same either way
     base_model_name = raw.get("base_model_name_or_path")
     if base_model_name is not None and not isinstance(base_model_name, str):
-        _refuse("base_model_name_or_path", base_model_name, "it must be a string or null")
-    unknown = sorted(raw.keys() - HARMLESS_FIELDS - UNSERVED_FIELDS.keys())
+        refuse("base_model_name_or_path", base_model_name, "it must be a string or null")
+    unknown = sorted(raw.keys() - HARMLESS_FIELDS - FEATURE_FIELDS - UNSERVED_FIELDS.keys())
     if unknown:
         warnings.append(f"{CONFIG_FILE} has fields that this server does not know: {shown_names(unknown, 5)}")
     alpha = _alpha("lora_alpha", raw.get("lora_alpha", DEFAULT_ALPHA))
@@ -252,10 +238,11 @@ def parse_lora_config(content: bytes, tensor_names: Iterable[str]) -> LoraConfig
     return LoraConfig(
         rank=_rank("r", raw.get("r", DEFAULT_RANK)),
         alpha=alpha,
-        use_rslora=_flag(raw, "use_rslora"),
+        use_rslora=flag(raw, "use_rslora"),
         rank_pattern=_patterns(raw, "rank_pattern", "rank"),
         alpha_pattern=_patterns(raw, "alpha_pattern", "alpha"),
         target_modules=_target_modules(raw),
         base_model_name=base_model_name or None,
+        features=parse_features(raw),
         warnings=tuple(warnings),
     )
