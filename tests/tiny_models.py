@@ -77,8 +77,9 @@ def make_peft_adapter(
 ) -> Path:
     """Let peft write an adapter with random A and random non-zero B for `model` to `folder`; `model` stays as it was.
 
-    `overrides` are further fields of LoraConfig (use_rslora, rank_pattern, layers_to_transform, …). Outputs with the
-    adapter differ clearly from those without; `scale` makes it weaker or stronger.
+    `overrides` are further fields of LoraConfig (use_rslora, rank_pattern, layers_to_transform, …); whatever they make
+    trainable gets other values. Outputs with the adapter differ clearly from those without; `scale` makes it weaker or
+    stronger.
     """
     config = LoraConfig(
         r=rank,
@@ -92,8 +93,14 @@ def make_peft_adapter(
         adapted = get_peft_model(model, config)
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
-                if "lora_A" in name or "lora_B" in name:
-                    parameter.normal_(std=scale / parameter.shape[1] ** 0.5)
+                if "lora_A" in name or "lora_B" in name or "lora_embedding_" in name:
+                    # A bias of B has one dimension, and an embedding's A is read by its columns.
+                    width = 8 if parameter.ndim == 1 else parameter.shape["embedding_A" not in name]
+                    parameter.normal_(std=scale / width**0.5)
+                elif "lora_magnitude_vector" in name:
+                    parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.4))
+                elif parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.5 * WEIGHT_STD)
         adapted.save_pretrained(str(folder))
         adapted.unload()
     _forget_peft(model)

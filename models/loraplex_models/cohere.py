@@ -44,6 +44,6 @@ class Cohere(CausalLM):
 
     layer_class = CohereLayer
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _finish_logits(self, logits: Tensor) -> Tensor:
         scale = self.config.logit_scale
-        return super()._logits(hidden) if scale is None else super()._logits(hidden).mul_(scale)
+        return logits if scale is None else logits.mul_(scale)

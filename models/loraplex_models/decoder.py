@@ -154,6 +154,31 @@ class CausalLM:
             self._head.load(checkpoint, "lm_head.weight")
         yield
 
+    def base_weight(self, module: str) -> Tensor:
+        """Return the weight of a linear, of lm_head or of embed_tokens, [out, in] or [vocab, hidden], in float32."""
+        if module == "embed_tokens":
+            return self._embedding.weight.float()
+        if module == "lm_head":
+            return self._head.dequantize()
+        linear, columns = self._linear_of(module)
+        return linear.dequantize()[columns]
+
+    def base_bias(self, module: str) -> Tensor | None:
+        """Return the bias of a linear, [out] in float32; None where it has none."""
+        linear, columns = self._linear_of(module)
+        bias = linear.bias()
+        return None if bias is None else bias[columns]
+
+    def _linear_of(self, module: str) -> tuple[Linear, slice]:
+        """The linear that a module is part of, and its outputs."""
+        for linear in self.linears:
+            start = 0
+            for name, size in linear.parts.items():
+                if name == module:
+                    return linear, slice(start, start + size)
+                start += size
+        raise KeyError(module)
+
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Size of one KV block over all layers."""
         cell_size = 2 * self.config.num_kv_heads * self.config.head_dim
@@ -179,10 +204,18 @@ class CausalLM:
         """
         plans = self._plan_layers(batch.attention, kv_cache)
         turns = self._turn_layers(batch.positions)
-        x = self._embed(batch.token_ids)
+        lora = batch.lora
+        x = self._embedding.forward(batch.token_ids)
+        if lora is not None and lora.embedding is not None:
+            lora.embedding.apply(x, batch.token_ids, lora.segments)
+        x = self._finish_embedding(x)
         for layer, angles, cache, plan in zip(self.layers, turns, kv_cache.layers, plans, strict=True):
-            x = layer.forward(x, angles, cache, plan, batch.lora)
-        return self._logits(self._norm.forward(x.index_select(0, batch.sample_rows)))
+            x = layer.forward(x, angles, cache, plan, lora)
+        hidden = self._norm.forward(x.index_select(0, batch.sample_rows))
+        logits = self._head.forward(hidden)
+        if lora is not None and lora.head is not None:
+            lora.head.apply(logits, hidden, batch.sample_rows, lora.segments)
+        return self._finish_logits(logits)
 
     def _make_rotary(self) -> Rotary:
         config = self.config
@@ -206,8 +239,10 @@ class CausalLM:
         """The angles of each layer; here the same for all."""
         return [self._rotary.angles(positions)] * self.config.num_layers
 
-    def _embed(self, token_ids: Tensor) -> Tensor:
-        return self._embedding.forward(token_ids)
+    def _finish_embedding(self, x: Tensor) -> Tensor:
+        """What becomes of the embedded tokens [T, hidden] before the first layer; may be done in place."""
+        return x
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._head.forward(hidden)
+    def _finish_logits(self, logits: Tensor) -> Tensor:
+        """What becomes of the head's product [S, vocab]; may be done in place."""
+        return logits

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loraplex_kernels.lora import LoraSegments, LoraTable
+from loraplex_models.layers.lora_extras import EmbeddingExtras, HeadExtras, LinearExtras
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,10 @@ class LoraBatch:
 
     segments: LoraSegments
     tables: tuple[LoraTable | None, ...]  # by the linear's index; None where no adapter of the batch touches it
+    # What some adapters bring beside A and B; None where none of the batch does, and then nothing asks further.
+    extras: tuple[LinearExtras | None, ...] | None = None  # by the linear's index
+    embedding: EmbeddingExtras | None = None
+    head: HeadExtras | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,10 @@ class Gemma(CausalLM):
 
     layer_class: type[DecoderLayer] = GemmaLayer
 
-    def _embed(self, token_ids: Tensor) -> Tensor:
+    def _finish_embedding(self, x: Tensor) -> Tensor:
         # The factor is rounded to the model's dtype, as in training.
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype).item()
-        return super()._embed(token_ids).mul_(scale)
+        return x.mul_(scale)
 
 
 class Gemma2Layer(GemmaLayer):
@@ -72,6 +72,6 @@ class Gemma2(Gemma):
             config.num_heads, config.num_kv_heads, config.head_dim, config.attention_scale, config.attention_cap
         )
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits, cap = super()._logits(hidden), self.config.logit_cap
+    def _finish_logits(self, logits: Tensor) -> Tensor:
+        cap = self.config.logit_cap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

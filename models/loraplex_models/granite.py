@@ -32,10 +32,10 @@ class Granite(CausalLM):
 
     layer_class = GraniteLayer
 
-    def _embed(self, token_ids: Tensor) -> Tensor:
+    def _finish_embedding(self, x: Tensor) -> Tensor:
         scale = self.config.embedding_scale
-        return super()._embed(token_ids) if scale is None else super()._embed(token_ids).mul_(scale)
+        return x if scale is None else x.mul_(scale)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _finish_logits(self, logits: Tensor) -> Tensor:
         scale = self.config.logit_scale
-        return super()._logits(hidden) if scale is None else super()._logits(hidden).mul_(scale)
+        return logits if scale is None else logits.mul_(scale)

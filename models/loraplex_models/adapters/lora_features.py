@@ -165,9 +165,7 @@ def parse_features(raw: dict[str, Any]) -> LoraFeatures:
         modules_to_save=_modules_to_save(raw),
         token_ids=_token_ids(raw),
         block_diagonal=_block_diagonal(raw),
-        invocation_token_ids=()
-        if raw.get(field) is None
-        else _counts(field, raw[field], MAX_INVOCATION_TOKENS),
+        invocation_token_ids=() if raw.get(field) is None else _counts(field, raw[field], MAX_INVOCATION_TOKENS),
     )
     flag(raw, "ensure_weight_tying")  # both sides are in the file, each under its own name
     _check_combinations(features)

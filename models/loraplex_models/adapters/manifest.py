@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,35 +9,20 @@ from io import BufferedReader
 from math import prod
 from pathlib import Path
 
-from loraplex_models.adapters.lora_config import CONFIG_FILE, LoraConfig, parse_lora_config
+from loraplex_models.adapters.fit import EndEntry as EndEntry
+from loraplex_models.adapters.fit import Fit
+from loraplex_models.adapters.fit import ModuleEntry as ModuleEntry
+from loraplex_models.adapters.lora_config import CONFIG_FILE, parse_lora_config
+from loraplex_models.adapters.pages import RankRows
 from loraplex_models.adapters.refusal import ManifestError as ManifestError
-from loraplex_models.adapters.refusal import shown, shown_names
+from loraplex_models.adapters.refusal import shown
 from loraplex_models.adapters.tensor_header import TensorEntry, read_tensor_header
-from loraplex_models.adapters.tensor_names import LoraPair, sort_names
+from loraplex_models.adapters.tensor_names import sort_names
 from loraplex_models.config import ModelConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 2**20
-SERVED_DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}  # and the bytes of an element
 CHUNK_BYTES = 2**20
-# Full matrices of the embeddings, under all their names, and the side of a LoRA pair that is as long as the vocabulary.
-VOCABULARY_TENSOR = re.compile(
-    r"(^|\.)(embed_tokens|lm_head)\."
-    r"((modules_to_save\.|original_module\.|base_layer\.)?((?!lora_)[^.]+\.)?weight$|lora_B|lora_embedding_A)"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleEntry:
-    """One adapted linear: y += scaling · B(A x), A [rank, in_features], B [out_features, rank] in the file."""
-
-    a_name: str
-    b_name: str
-    rank: int
-    scaling: float
-    in_features: int
-    out_features: int
-    dtype: str  # of A, as safetensors names it
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +33,27 @@ class AdapterManifest:
     the header of the weights.
     """
 
-    rank: int  # the largest over the modules
+    rank: int  # the largest over the modules; 0 where there is no low-rank product
     alpha: float
     target_modules: tuple[str, ...]  # kinds of modules in the file: q_proj, …
     modules: dict[str, ModuleEntry]
+    biases: dict[str, str]  # by module: the tensor that replaces the base's bias
+    embedding: EndEntry | None
+    head: EndEntry | None
+    invocation_token_ids: tuple[int, ...]  # activated LoRA: it acts from the start of their last occurrence on
+    rank_rows: tuple[RankRows, ...]  # what it takes on a device, for `pages.footprint`
+    dense_elements: int  # likewise
     digest: str
     layout_digest: str
     num_bytes: int  # of the served tensors, as stored
     warnings: list[str]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is nothing but products B(A x) of the layers' linears."""
+        has_parts = any(entry.magnitude_name or entry.b_bias_name for entry in self.modules.values())
+        has_ends = self.embedding is not None or self.head is not None
+        return not (has_parts or has_ends or self.biases or self.invocation_token_ids)
 
 
 def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -149,125 +146,20 @@ def _check_tensors(tensors: dict[str, TensorEntry]) -> None:
             )
 
 
-class _Checker:
-    """One adapter against one base model."""
-
-    def __init__(self, config: ModelConfig, lora: LoraConfig, tensors: dict[str, TensorEntry]):
-        self._config = config
-        self._lora = lora
-        self._tensors = tensors
-        self._shapes = module_shapes(config)
-        self._trained_on = f" (trained on {shown(lora.base_model_name)})" if lora.base_model_name else ""
-
-    def check_names(self, pairs: dict[str, LoraPair], unmatched: list[str]) -> None:
-        """Every LoRA tensor must belong to a module of the base, and there must be some."""
-        if not pairs:
-            expected = [f"base_model.model.model.layers.0.{module}.lora_A.weight" for module in self._shapes]
-            seen = f"its tensors are {shown_names(unmatched, 3)}" if unmatched else "it has no tensors"
-            raise ManifestError(
-                f"no tensor fits the base model: {seen};"
-                f" expected names like {shown_names(expected[:3], 3)}{self._trained_on}",
-                "adapter_incompatible",
-            )
-        if unmatched:
-            raise ManifestError(
-                f"{len(unmatched)} tensors are for modules that the base model does not have:"
-                f" {shown_names(unmatched, 10)}{self._trained_on}",
-                "adapter_incompatible",
-            )
-
-    def check_vocabulary(self) -> None:
-        """Tensors of the embeddings are not served, but their size tells another vocabulary."""
-        for name, tensor in self._tensors.items():
-            if not VOCABULARY_TENSOR.search(name) or len(tensor.shape) != 2:
-                continue
-            num_tokens = tensor.shape[1] if "lora_embedding_A" in name else tensor.shape[0]
-            if num_tokens != self._config.vocab_size:
-                raise ManifestError(
-                    f"tensor {shown(name)} is for {num_tokens} tokens, the base model's vocabulary has"
-                    f" {self._config.vocab_size}: trained with another vocabulary{self._trained_on}",
-                    "adapter_incompatible",
-                )
-
-    def entry(self, module: str, pair: LoraPair) -> ModuleEntry:
-        """Check the two tensors of a module."""
-        _, layer, kind = module.split(".", 2)
-        if int(layer) >= self._config.num_layers:
-            raise ManifestError(
-                f"tensor {shown(pair.a_name)} is for layer {layer}, the base model has layers 0 to"
-                f" {self._config.num_layers - 1}{self._trained_on}",
-                "adapter_incompatible",
-            )
-        experts = self._config.experts
-        if experts is not None and kind.startswith("mlp.") and int(layer) not in experts.dense_layers:
-            raise ManifestError(
-                f"tensor {shown(pair.a_name)} is for a plain MLP, layer {layer} of the base model has experts"
-                f"{self._trained_on}",
-                "adapter_incompatible",
-            )
-        a, b = self._tensors[pair.a_name], self._tensors[pair.b_name]
-        for name, tensor in ((pair.a_name, a), (pair.b_name, b)):
-            if len(tensor.shape) != 2:
-                raise ManifestError(f"tensor {shown(name)} has the shape {list(tensor.shape)}, not two dimensions")
-            if tensor.dtype not in SERVED_DTYPES:
-                raise ManifestError(
-                    f"tensor {shown(name)} has dtype {tensor.dtype}: served are {', '.join(SERVED_DTYPES)};"
-                    " save the adapter in one of them",
-                    "adapter_unsupported",
-                )
-        in_features, out_features = self._shapes[kind]
-        if a.shape[1] != in_features or b.shape[0] != out_features:
-            raise ManifestError(
-                f"{module}: expected A [rank, {in_features}] and B [{out_features}, rank],"
-                f" found {list(a.shape)} and {list(b.shape)}: trained on a base of another size{self._trained_on}",
-                "adapter_incompatible",
-            )
-        rank = a.shape[0]
-        if b.shape[1] != rank:
-            raise ManifestError(
-                f"{module}: A has rank {rank} and B {b.shape[1]} ({shown(pair.b_name)}): save the adapter again"
-            )
-        expected_rank = self._lora.module_rank(pair.peft_path)
-        if rank != expected_rank:
-            raise ManifestError(
-                f"{module}: {shown(pair.a_name)} has rank {rank}, {CONFIG_FILE} says {expected_rank}"
-                " (r and rank_pattern): config and weights are not of the same adapter"
-            )
-        scaling = self._lora.module_scaling(pair.peft_path, rank)
-        return ModuleEntry(pair.a_name, pair.b_name, rank, scaling, in_features, out_features, a.dtype)
-
-    def warnings(self, pairs: dict[str, LoraPair], base_copies: list[str], base_model_name: str | None) -> list[str]:
-        """What a reader should know of an adapter that is served."""
-        warnings = list(self._lora.warnings)
-        trained_on = self._lora.base_model_name
-        if trained_on is None:
-            warnings.append(f"{CONFIG_FILE} names no base model; checked by names and shapes only")
-        elif base_model_name and _last_part(trained_on) != _last_part(base_model_name):
-            warnings.append(f"trained on {shown(trained_on)}, served on {shown(base_model_name)}; the shapes fit")
-        if base_copies:
-            warnings.append(f"{len(base_copies)} copies of base weights are not used: {shown_names(base_copies, 3)}")
-        targets = self._lora.target_modules
-        if targets is not None:
-            names = tuple(f".{name}" for name in targets)
-            extra = [pair.peft_path for pair in pairs.values() if not f".{pair.peft_path}".endswith(names)]
-            if extra:
-                warnings.append(f"tensors for modules that target_modules does not list: {shown_names(extra, 3)}")
-        return warnings
-
-
-def _last_part(model_name: str) -> str:
-    return model_name.rstrip("/").rpartition("/")[2].lower()
-
-
-def _check_rank(modules: dict[str, ModuleEntry], max_rank: int, num_bytes: int) -> int:
-    rank = max(entry.rank for entry in modules.values())
+def _check_size(manifest_bytes: int, rank: int, max_rank: int, max_bytes: int | None) -> None:
     if rank > max_rank:
         raise ManifestError(
-            f"rank {rank} ({num_bytes:,} bytes); this server holds ranks up to {max_rank}:"
+            f"rank {rank} ({manifest_bytes:,} bytes); this server holds ranks up to {max_rank}:"
             f" start it with --max-lora-rank {rank}",
             "adapter_too_large",
         )
-    return rank
+    if max_bytes is not None and manifest_bytes > max_bytes:
+        needed = -(-manifest_bytes // 2**20)
+        raise ManifestError(
+            f"{manifest_bytes:,} bytes; this server takes adapters up to {max_bytes:,}:"
+            f" start it with --max-adapter-mb {needed}",
+            "adapter_too_large",
+        )
 
 
 def check_adapter(
@@ -275,6 +167,7 @@ def check_adapter(
     config: ModelConfig,
     *,
     max_rank: int,
+    max_bytes: int | None = None,
     base_model_name: str | None = None,
     digest: str | None = None,
 ) -> AdapterManifest:
@@ -298,17 +191,12 @@ def check_adapter(
         tensors = header.tensors
         lora = parse_lora_config(config_bytes, tensors)
         _check_tensors(tensors)
-        checker = _Checker(config, lora, tensors)
-        checker.check_vocabulary()
-        sorted_names = sort_names(tensors, module_shapes(config).keys())
-        checker.check_names(sorted_names.pairs, sorted_names.unmatched)
-        modules = {module: checker.entry(module, pair) for module, pair in sorted_names.pairs.items()}
-        num_bytes = sum(
-            tensors[name].stop - tensors[name].start
-            for entry in modules.values()
-            for name in (entry.a_name, entry.b_name)
-        )
-        rank = _check_rank(modules, max_rank, num_bytes)
+        fit = Fit(config, module_shapes(config), lora, tensors)
+        fit.check_vocabulary()
+        found = sort_names(tensors, module_shapes(config).keys())
+        fit.take(found)
+        num_bytes = fit.num_bytes()
+        _check_size(num_bytes, fit.rank, max_rank, max_bytes)
         hasher = start_digest(config_bytes, header.raw)
         layout_digest = hasher.hexdigest()
         if digest is None:
@@ -316,15 +204,18 @@ def check_adapter(
                 hasher.update(chunk)
             digest = hasher.hexdigest()
     return AdapterManifest(
-        rank=rank,
+        rank=fit.rank,
         alpha=lora.alpha,
-        target_modules=tuple(sorted({module.rpartition(".")[2] for module in modules})),
-        modules=modules,
+        target_modules=fit.target_modules(),
+        modules=fit.modules,
+        biases=fit.biases,
+        embedding=fit.ends.get("embed_tokens"),
+        head=fit.ends.get("lm_head"),
+        invocation_token_ids=lora.features.invocation_token_ids,
+        rank_rows=fit.rank_rows(),
+        dense_elements=fit.dense_elements(),
         digest=digest,
         layout_digest=layout_digest,
         num_bytes=num_bytes,
-        warnings=[
-            *checker.warnings(sorted_names.pairs, sorted_names.base_copies, base_model_name),
-            *sorted_names.warnings,
-        ],
+        warnings=[*fit.warnings(base_model_name), *found.warnings],
     )

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from loraplex_kernels.lora import LoraSegments, LoraTable
+from loraplex_models.adapters.finish import finish_end, finish_linear
 from loraplex_models.forward import LoraBatch
 from loraplex_models.layers.linear import Linear
+from loraplex_models.layers.lora_extras import EmbeddingExtras, EndChange, HeadExtras, LinearExtras, OutputChange
 
 if TYPE_CHECKING:
     from loraplex_models.adapters.weights import AdapterWeights
@@ -19,9 +21,15 @@ NO_SLOT = -1
 
 @dataclass(frozen=True, slots=True)
 class PreparedAdapter:
-    """An adapter's weights where and as the slots want them: linear's index, part, A [rank, in], B [out, rank]."""
+    """An adapter's weights where and as the slots want them: linear's index, part, A [rank, in], B [out, rank].
+
+    `changes` are those of the linears' outputs, by index and part.
+    """
 
     modules: tuple[tuple[int, int, Tensor, Tensor], ...]
+    changes: tuple[tuple[int, int, OutputChange], ...] = ()
+    embedding: EndChange | None = None
+    head: EndChange | None = None
 
 
 class AdapterSlots:
@@ -29,12 +37,15 @@ class AdapterSlots:
 
     def __init__(self, model: "CausalLM", num_slots: int) -> None:
         self.num_slots = num_slots
+        self._model = model
         self._linears: tuple[Linear, ...] = model.linears
         self._dtype = model.dtype
         self._device = model.device
         self._tables = tuple(
             LoraTable(num_slots, tuple(linear.parts.values()), model.dtype, model.device) for linear in self._linears
         )
+        self._extras = tuple(LinearExtras(tuple(linear.parts.values())) for linear in self._linears)
+        self._embedding, self._head = EmbeddingExtras(), HeadExtras()
         self._places = {
             module: (linear.index, part) for linear in self._linears for part, module in enumerate(linear.parts)
         }
@@ -46,19 +57,33 @@ class AdapterSlots:
         Raises ValueError when a module is unknown, a shape does not fit, or a weight is not finite.
         """
         self._check(weights)
+        pairs = dict(weights.modules)
+        changes: list[tuple[int, int, OutputChange]] = []
+        for module, parts in weights.parts.items():
+            pair, change = finish_linear(self._model, module, pairs.get(module), parts)
+            if pair is not None:
+                pairs[module] = pair
+            changes.append((*self._places[module], change.to(self._device)))
         modules: list[tuple[int, int, Tensor, Tensor]] = []
-        for module, (a, b) in weights.modules.items():
+        for module, (a, b) in pairs.items():
             a = a.to(self._device, self._dtype).contiguous()
             # The tables want a rank's row of B dense.
             b = b.to(self._device, self._dtype).t().contiguous().t()
             modules.append((*self._places[module], a, b))
-        return PreparedAdapter(tuple(modules))
+        ends = {name: finish_end(self._model, name, end).to(self._device) for name, end in weights.ends.items()}
+        return PreparedAdapter(tuple(modules), tuple(changes), ends.get("embed_tokens"), ends.get("lm_head"))
 
     def install(self, slot: int, adapter: PreparedAdapter) -> None:
         """Put an adapter into a slot, in place of what was there; no weight is copied."""
         self.clear(slot)
         for index, part, a, b in adapter.modules:
             self._tables[index].set(slot, part, a, b)
+        for index, part, change in adapter.changes:
+            self._extras[index].set(slot, part, change)
+        if adapter.embedding is not None:
+            self._embedding.set(slot, adapter.embedding)
+        if adapter.head is not None:
+            self._head.set(slot, adapter.head)
 
     def set(self, slot: int, weights: "AdapterWeights") -> None:
         """Prepare and install in one call. Raises ValueError as `prepare` does, and then changes nothing."""
@@ -69,6 +94,10 @@ class AdapterSlots:
         assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
         for table in self._tables:
             table.clear(slot)
+        for extras in self._extras:
+            extras.clear(slot)
+        for end in (self._embedding, self._head):
+            end.clear(slot)
         self._last_route = None
 
     def route(self, segment_start: Sequence[int], segment_slots: Sequence[int]) -> LoraBatch | None:
@@ -83,9 +112,13 @@ class AdapterSlots:
         used = set(slots) - {NO_SLOT}
         batch = None
         if used:
+            extras = tuple(None if used.isdisjoint(extra.slots) else extra for extra in self._extras)
             batch = LoraBatch(
                 segments=LoraSegments(starts, slots),
                 tables=tuple(None if used.isdisjoint(table.slots) else table for table in self._tables),
+                extras=extras if any(extras) else None,
+                embedding=None if used.isdisjoint(self._embedding.slots) else self._embedding,
+                head=None if used.isdisjoint(self._head.slots) else self._head,
             )
         self._last_route = (starts, slots, batch)
         return batch

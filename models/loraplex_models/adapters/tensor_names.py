@@ -10,57 +10,70 @@ from loraplex_models.adapters.refusal import ManifestError, shown, shown_names
 # Wrappers of training libraries leave a segment of their own anywhere in the path.
 WRAPPER_SEGMENTS = frozenset(("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
-LORA_TENSOR = re.compile(r"(?P<path>.+)\.lora_(?P<matrix>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+# What a tensor is to its module, and how its name ends; an adapter's own name may stand between.
+Role = Literal["A", "B", "B bias", "magnitude", "full copy", "rows", "bias", "base copy"]
+_NAME = r"(?:\.(?P<adapter>[^.]+))?"
+ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
+    ("A", re.compile(rf"(?P<path>.+)\.lora_A{_NAME}\.weight")),
+    ("B", re.compile(rf"(?P<path>.+)\.lora_B{_NAME}\.weight")),
+    ("A", re.compile(rf"(?P<path>.+)\.lora_embedding_A{_NAME}")),
+    ("B", re.compile(rf"(?P<path>.+)\.lora_embedding_B{_NAME}")),
+    ("B bias", re.compile(rf"(?P<path>.+)\.lora_B{_NAME}\.bias")),
+    ("magnitude", re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?")),
+    ("rows", re.compile(rf"(?P<path>.+)\.token_adapter\.trainable_tokens_delta{_NAME}")),
+    ("full copy", re.compile(rf"(?P<path>.+)\.modules_to_save{_NAME}\.weight")),
+    ("base copy", re.compile(r"(?P<path>.+)\.base_layer\.(?P<adapter>)weight")),
+    ("full copy", re.compile(r"(?P<path>.+)\.(?P<adapter>)weight")),
+    ("bias", re.compile(r"(?P<path>.+?)(?:\.base_layer)?\.(?P<adapter>)bias")),
+)
+LINEAR_ROLES = frozenset(("A", "B", "B bias", "magnitude", "bias"))
+END_ROLES = frozenset(("A", "B", "B bias", "magnitude", "full copy", "rows", "base copy"))
 SERVED_PATH = re.compile(
     r"(?P<prefix>(?:model\.)?(?:language_model\.)?(?:model\.)?)"
     r"(?P<module>layers\.(?:0|[1-9]\d{0,5})\.(?P<kind>(?:self_attn|mlp)\.[a-z_]+))"
 )
+END_PATH = re.compile(r"(?P<prefix>(?:model\.)?(?:language_model\.)?(?:model\.)?)(?P<module>embed_tokens|lm_head)")
 PEFT_PREFIX = "base_model.model."
 CANONICAL_PREFIX = "model."
 
 # Tensors of features that are not served: a pattern found in the name, and what to say.
 UNSERVED_TENSORS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"lora_embedding_[AB]"), "LoRA on embeddings is not served: leave embed_tokens out of target_modules"),
-    (re.compile(r"lora_magnitude_vector"), "DoRA is not served: train with use_dora false"),
-    (re.compile(r"lora_B(\.[^.]+)?\.bias$"), "a bias of lora_B is not served: train with lora_bias false"),
     (re.compile(r"lora_E|ranknum"), "AdaLoRA is not served: convert the adapter to LoRA first"),
     (re.compile(r"lora_diag"), "KaSA is not served"),
-    (re.compile(r"trainable_tokens_(delta|original)"), "trained token rows are not served"),
-    (re.compile(r"(^|\.)lm_head\.lora_[AB]"), "LoRA on lm_head is not served: leave it out of target_modules"),
     (re.compile(r"\.experts\."), "LoRA on experts is not served"),
     (re.compile(r"^lora_(unet|te\d?)_"), "this is an adapter of an image model"),
     (re.compile(r"adapter\.linear_(in|out)|linear_qkv"), "this is a NeMo adapter: export it in the PEFT format"),
     (re.compile(r"\.attn\.[a-z_]+\.lora_[ab]\."), "this is a torchtune checkpoint: export it in the PEFT format"),
     (re.compile(r"\.lora_[ab]$"), "this is an MLX adapter: convert it to the PEFT format"),
-    (re.compile(r"modules_to_save|(^|\.)(lm_head|embed_tokens|score|classifier)\.weight$"),
-     "full copies of modules are not served: train with modules_to_save null"),
-    (re.compile(r"\.bias$"), "trained biases of the base are not served: train with bias 'none'"),
+    (re.compile(r"modules_to_save|(^|\.)(score|classifier)\.weight$"),
+     "full copies are served of embed_tokens and lm_head only: train without modules_to_save"),
+    (re.compile(r"trainable_tokens_(delta|original)"), "token rows are served of embed_tokens and lm_head only"),
+    (re.compile(r"lora_magnitude_vector|lora_B(\.[^.]+)?\.bias$"),
+     "parts of modules that the base model does not have"),
+    (re.compile(r"\.bias$"), "trained biases are served of the layers' linears only: train with bias 'lora_only'"),
     (re.compile(r"(^|[._])(hada|lokr|vera|ia3|oft|boft|hra|miss|bone|shira|hira|vblora|randlora|c3a|fourierft|waveft"
                 r"|delora|gralora|road|prompt_embeddings|adaption)([._]|$)"),
      "these are tensors of another method than LoRA"),
 )  # fmt: skip
 
 # State that some methods save beside A and B and that plain inference does not read.
-IGNORED_TENSOR = re.compile(r"lora_velora_|lora_monteclora_sampler|(^|\.)original_module\.")
-BASE_COPY = re.compile(r"(^|\.)(embed_tokens|lm_head)\.base_layer\.(weight|bias)$")
+IGNORED_TENSOR = re.compile(r"lora_velora_|lora_monteclora_sampler|(^|\.)original_module\.|trainable_tokens_original")
 
 
 @dataclass(frozen=True, slots=True)
-class LoraPair:
-    """The two tensors of one module, by their names in the file; `peft_path` is what PEFT's patterns are matched to."""
+class ModuleNames:
+    """The tensors of one module, by role; `peft_path` is what PEFT's patterns are matched to."""
 
     peft_path: str
-    a_name: str
-    b_name: str
+    names: dict[Role, str]
 
 
 @dataclass(frozen=True, slots=True)
 class SortedNames:
-    """All of a file's tensor names: the pairs by served module name, those of no known module, and the notes."""
+    """All of a file's tensor names: by served module, those of no known module, and the notes."""
 
-    pairs: dict[str, LoraPair]
+    modules: dict[str, ModuleNames]
     unmatched: list[str]
-    base_copies: list[str]
     warnings: list[str]
 
 
@@ -75,48 +88,59 @@ def _check_unserved(names: list[str]) -> None:
             raise ManifestError(f"tensors {shown_names(found, 3)}: {problem}", "adapter_unsupported")
 
 
-def _pairs(matrices: dict[str, dict[Literal["A", "B"], tuple[str, str]]]) -> dict[str, LoraPair]:
-    pairs = {}
-    for module, found in matrices.items():
-        if len(found) < 2:
-            ((present, (_, name)),) = found.items()
-            missing = "B" if present == "A" else "A"
-            raise ManifestError(f"tensor {shown(name)} has no lora_{missing} beside it: save the adapter again")
-        path, a_name = found["A"]
-        pairs[module] = LoraPair(path, a_name, found["B"][1])
-    return pairs
+def _check_pairs(modules: dict[str, ModuleNames]) -> None:
+    for module in modules.values():
+        names = module.names
+        for present, missing in (("A", "B"), ("B", "A"), ("B bias", "B"), ("magnitude", "A")):
+            if present in names and missing not in names:
+                raise ManifestError(
+                    f"tensor {shown(names[present])} has no lora_{missing} beside it: save the adapter again"
+                )
+
+
+def _find(path: str, kinds: Collection[str]) -> tuple[re.Match[str], re.Match[str], Role] | None:
+    """How a name ends, whose module it names and as what; None where it is of no served module."""
+    for role, pattern in ROLES:
+        ending = pattern.fullmatch(path)
+        if ending is None:
+            continue
+        if (linear := SERVED_PATH.fullmatch(ending["path"])) and linear["kind"] in kinds:
+            return (ending, linear, role) if role in LINEAR_ROLES else None
+        if end := END_PATH.fullmatch(ending["path"]):
+            return (ending, end, role) if role in END_ROLES else None
+    return None
 
 
 def sort_names(names: Iterable[str], kinds: Collection[str]) -> SortedNames:
-    """Find the pairs of modules of the served kinds (`self_attn.q_proj`, …) among a file's tensor names.
+    """Find the tensors of linears of the served kinds (`self_attn.q_proj`, …), the embedding and the head.
 
     Raises ManifestError for names of features that are not served, halves of pairs and two tensors for one place.
     """
-    matrices: dict[str, dict[Literal["A", "B"], tuple[str, str]]] = {}
-    others, base_copies, forms = [], [], set()
+    modules: dict[str, ModuleNames] = {}
+    others, forms = [], set()
     for name in names:
         bare = _without_wrappers(name)
-        path = bare.removeprefix(PEFT_PREFIX)
-        lora = LORA_TENSOR.fullmatch(path)
-        served = SERVED_PATH.fullmatch(lora["path"]) if lora else None
-        if lora is None or served is None or served["kind"] not in kinds:
-            if BASE_COPY.search(bare):
-                base_copies.append(name)
-            elif not IGNORED_TENSOR.search(bare):
-                others.append(name)
+        if IGNORED_TENSOR.search(bare):
             continue
+        path = bare.removeprefix(PEFT_PREFIX)
+        found = _find(path, kinds)
+        if found is None:
+            others.append(name)
+            continue
+        ending, place, role = found
         if bare != name:
             forms.add("segments of training wrappers removed")
-        if path == bare or served["prefix"] != CANONICAL_PREFIX:
-            forms.add(f"prefix '{name[: name.index('layers.')]}' taken for '{PEFT_PREFIX}{CANONICAL_PREFIX}'")
-        if lora["adapter"]:
-            forms.add(f"adapter name {shown(lora['adapter'])} removed")
-        matrix: Literal["A", "B"] = "A" if lora["matrix"] == "A" else "B"
-        places = matrices.setdefault(served["module"], {})
-        if matrix in places:
-            raise ManifestError(f"tensors {shown(places[matrix][1])} and {shown(name)} are for the same module: "
+        if path == bare or place["prefix"] != ("" if place["module"] == "lm_head" else CANONICAL_PREFIX):
+            canonical = "" if place["module"] == "lm_head" else CANONICAL_PREFIX
+            seen = name[: name.index(place["module"].partition(".")[0])]
+            forms.add(f"prefix '{seen}' taken for '{PEFT_PREFIX}{canonical}'")
+        if ending["adapter"]:
+            forms.add(f"adapter name {shown(ending['adapter'])} removed")
+        module = modules.setdefault(place["module"], ModuleNames(ending["path"], {}))
+        if role in module.names:
+            raise ManifestError(f"tensors {shown(module.names[role])} and {shown(name)} are for the same module: "
                                 "the file holds more than one adapter; save one")  # fmt: skip
-        places[matrix] = (lora["path"], name)
+        module.names[role] = name
     _check_unserved(others)
-    warnings = [f"tensor names normalised: {form}" for form in sorted(forms)]
-    return SortedNames(_pairs(matrices), others, base_copies, warnings)
+    _check_pairs(modules)
+    return SortedNames(modules, others, [f"tensor names normalised: {form}" for form in sorted(forms)])

@@ -1,6 +1,6 @@
 """`AdapterWeights`: an adapter's tensors in memory, under the served names and with the scaling in B."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from loraplex_models.adapters.manifest import (
     WEIGHTS_FILE,
     AdapterManifest,
+    EndEntry,
     ManifestError,
     ModuleEntry,
     open_adapter_file,
@@ -27,20 +28,60 @@ TORCH_DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
+class ModuleParts:
+    """What a module has beside A and B, float32 [out]: DoRA's lengths, the bias of B (scaled), the base's new bias."""
+
+    magnitude: torch.Tensor | None = None
+    b_bias: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those that are there."""
+        return tuple(tensor for tensor in (self.magnitude, self.b_bias, self.bias) if tensor is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class EndParts:
+    """What an adapter does to embed_tokens or lm_head. See `EndEntry`; `pair` is A [rank, in] and B [out, rank].
+
+    `weight` [vocab, hidden] and `rows` [n, hidden], of the tokens `row_ids` (int64, ascending), are of the model's
+    dtype; `base_copy` [vocab, hidden] is float32.
+    """
+
+    pair: tuple[torch.Tensor, torch.Tensor] | None
+    weight: torch.Tensor | None
+    row_ids: torch.Tensor | None
+    rows: torch.Tensor | None
+    base_copy: torch.Tensor | None
+    parts: ModuleParts
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those that are there, but for the copy of the base's."""
+        own = (self.weight, self.row_ids, self.rows, *(self.pair or ()))
+        return (*(tensor for tensor in own if tensor is not None), *self.parts.tensors)
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterWeights:
     """What an adapter adds: module name → A [rank, in] and B [out, rank], so that y += B(A x). On the CPU.
 
-    B is stored rank by rank, as the slots want it: `b.t()` is contiguous.
+    B is stored rank by rank, as the slots want it: `b.t()` is contiguous. `parts` and `ends` are empty for plain adapters.
     """
 
     digest: str
     rank: int  # the largest over the modules
     modules: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    parts: dict[str, ModuleParts] = field(default_factory=dict)  # by module
+    ends: dict[str, EndParts] = field(default_factory=dict)  # by embed_tokens or lm_head
 
     @property
     def num_bytes(self) -> int:
         """Memory of all tensors."""
-        return sum(tensor.nbytes for pair in self.modules.values() for tensor in pair)
+        pairs = sum(tensor.nbytes for pair in self.modules.values() for tensor in pair)
+        parts = sum(tensor.nbytes for part in self.parts.values() for tensor in part.tensors)
+        return pairs + parts + sum(tensor.nbytes for end in self.ends.values() for tensor in end.tensors)
 
 
 class _WeightsFile:
@@ -70,14 +111,38 @@ class _WeightsFile:
         return tensor
 
 
-def _load_module(file: _WeightsFile, entry: ModuleEntry, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    a = file.read(entry.a_name)
-    b = file.read(entry.b_name).mul(entry.scaling)
+def _load_product(file: _WeightsFile, entry: ModuleEntry, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    a = _dense(file.read(entry.a_name), entry.a_blocks)
+    b = _dense(file.read(entry.b_name), entry.b_blocks).mul(entry.scaling)
     pair = a.to(dtype).contiguous(), b.to(dtype).t().contiguous().t()
     for name, tensor in zip((entry.a_name, entry.b_name), pair, strict=True):
         if not torch.isfinite(tensor).all():
             raise ManifestError(f"tensor {shown(name)} with its scaling {entry.scaling:g} does not fit into {dtype}")
     return pair
+
+
+def _dense(matrix: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """The block-diagonal matrix whose blocks are stored one below the other."""
+    return matrix if num_blocks == 1 else torch.block_diag(*matrix.chunk(num_blocks))  # type: ignore[no-untyped-call]
+
+
+def _load_parts(file: _WeightsFile, entry: ModuleEntry | None, bias_name: str | None) -> ModuleParts:
+    magnitude = b_bias = None
+    if entry is not None:
+        magnitude = None if entry.magnitude_name is None else file.read(entry.magnitude_name)
+        b_bias = None if entry.b_bias_name is None else file.read(entry.b_bias_name).mul_(entry.scaling)
+    return ModuleParts(magnitude, b_bias, None if bias_name is None else file.read(bias_name))
+
+
+def _load_end(file: _WeightsFile, entry: EndEntry, dtype: torch.dtype) -> EndParts:
+    pair = None if entry.product is None else _load_product(file, entry.product, dtype)
+    weight = None if entry.weight_name is None else file.read(entry.weight_name).to(dtype)
+    row_ids = rows = None
+    if entry.rows_name is not None:
+        row_ids, order = torch.tensor(entry.row_ids).sort()
+        rows = file.read(entry.rows_name).to(dtype)[order].contiguous()
+    base_copy = None if entry.base_copy_name is None else file.read(entry.base_copy_name)
+    return EndParts(pair, weight, row_ids, rows, base_copy, _load_parts(file, entry.product, None))
 
 
 def load_adapter_weights(folder: str | Path, manifest: AdapterManifest, *, dtype: torch.dtype) -> AdapterWeights:
@@ -86,5 +151,18 @@ def load_adapter_weights(folder: str | Path, manifest: AdapterManifest, *, dtype
     The bytes that are used are the bytes that are hashed: they must have the manifest's digest. Raises ManifestError.
     """
     file = _WeightsFile(Path(folder), manifest)
-    modules = {name: _load_module(file, entry, dtype) for name, entry in manifest.modules.items()}
-    return AdapterWeights(manifest.digest, manifest.rank, modules)
+    modules = {name: _load_product(file, entry, dtype) for name, entry in manifest.modules.items()}
+    parts = {
+        name: _load_parts(file, entry, manifest.biases.get(name))
+        for name in {**manifest.modules, **manifest.biases}
+        if (entry := manifest.modules.get(name)) is None
+        or entry.magnitude_name
+        or entry.b_bias_name
+        or name in manifest.biases
+    }
+    ends = {
+        name: _load_end(file, entry, dtype)
+        for name, entry in (("embed_tokens", manifest.embedding), ("lm_head", manifest.head))
+        if entry is not None
+    }
+    return AdapterWeights(manifest.digest, manifest.rank, modules, parts, ends)

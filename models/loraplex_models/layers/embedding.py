@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from loraplex_kernels.linear import linear, pack_weight
+from loraplex_kernels.linear import linear, pack_weight, unpack_weight
 from loraplex_models.checkpoint import Checkpoint
 
 
@@ -48,6 +48,10 @@ class Head:
     def tie(self, embedding: Embedding) -> None:
         """Use the embedding's weight. Where the device has a packed layout, this makes a second copy of it."""
         self._pack(embedding.weight)
+
+    def dequantize(self) -> Tensor:
+        """Return the weight [vocab, hidden] in float32, in memory of its own; not for every step."""
+        return unpack_weight(self._weight).to(torch.float32, copy=True)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the logits [S, vocab] of hidden states [S, hidden], in their dtype."""

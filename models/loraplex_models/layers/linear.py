@@ -54,9 +54,22 @@ class Linear:
         """Return the weight [sum of the parts' sizes, in] in float32, in memory of its own; not for every step."""
         return self._method.dequantize()
 
+    def bias(self) -> Tensor | None:
+        """Return the bias [sum of the parts' sizes] in float32, None where there is none; not for every step."""
+        # What the layer gives for nothing; so no way of keeping weights has to tell.
+        found = self._method.apply(torch.zeros(1, self.in_size, dtype=self._dtype, device=self._device))[0].float()
+        return found if self._has_bias or bool(found.any()) else None
+
     def forward(self, x: Tensor, lora: LoraBatch | None, addend: Tensor | None = None) -> Tensor:
         """Return x @ weight.T, plus the bias, plus `addend`, plus each token's adapter delta. x: [T, in]."""
-        out = self._method.apply(x, addend)
+        extras = None if lora is None or lora.extras is None else lora.extras[self.index]
+        if lora is not None and extras is not None:
+            out = self._method.apply(x)
+            extras.apply(out, lora.segments)
+            if addend is not None:
+                out += addend
+        else:
+            out = self._method.apply(x, addend)
         table = None if lora is None else lora.tables[self.index]
         if lora is not None and table is not None:
             lora_expand(lora_shrink(x, table, lora.segments), table, lora.segments, out)

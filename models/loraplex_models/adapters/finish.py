@@ -1,0 +1,89 @@
+"""From an adapter's own tensors to what the layers apply: what depends on the base's weights is worked out here, once.
+
+DoRA scales each output so that its row of W + s·BA has the length m that the adapter names: the gain is
+g = m / ‖W + s·BA‖, and g ⊙ (W x) + bias + g ⊙ s·B(A x) is what the layers get as a gain, a shift, and a B with g in it.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loraplex_models.adapters.refusal import ManifestError
+from loraplex_models.adapters.weights import AdapterWeights, EndParts, ModuleParts
+from loraplex_models.layers.lora_extras import EndChange, OutputChange
+
+# A copy of the base's matrix may have been rounded to another float type on its way.
+COPY_TOLERANCE = 2**-6
+
+
+class BaseModel(Protocol):
+    """What is asked of the base model."""
+
+    def base_weight(self, module: str) -> Tensor:
+        """Return the weight of a linear, of lm_head or of embed_tokens, [out, in] or [vocab, hidden], in float32."""
+        ...
+
+    def base_bias(self, module: str) -> Tensor | None:
+        """Return the bias of a linear, [out] in float32; None where it has none."""
+        ...
+
+
+def check_against_base(weights: AdapterWeights, base: BaseModel) -> None:
+    """Refuse what only the base's weights can show to be wrong. Raises ManifestError."""
+    for module, parts in weights.parts.items():
+        if parts.bias is not None and base.base_bias(module) is None:
+            raise ManifestError(
+                f"the adapter has a trained bias of {module}, which has none in the base model", "adapter_incompatible"
+            )
+    for name, end in weights.ends.items():
+        if end.base_copy is not None:
+            own = base.base_weight(name)
+            difference = (end.base_copy.to(own.device) - own).abs().max()
+            if difference > COPY_TOLERANCE * own.abs().max():
+                raise ManifestError(
+                    f"the adapter's copy of the base's {name} is another matrix (differs by up to {difference:g}):"
+                    " it was trained on another base, or the matrix was trained too: save it with"
+                    f" modules_to_save=['{name}']",
+                    "adapter_incompatible",
+                )
+
+
+def finish_linear(
+    base: BaseModel, module: str, pair: tuple[Tensor, Tensor] | None, parts: ModuleParts
+) -> tuple[tuple[Tensor, Tensor] | None, OutputChange]:
+    """Return the pair with the gain in B, and the change of the base's output; `pair` is None without a product."""
+    bias = base.base_bias(module)
+    shift = None if parts.bias is None or bias is None else parts.bias.to(bias.device) - bias
+    if parts.magnitude is not None and pair is not None:
+        gain, pair = _gain(base.base_weight(module), pair, parts.magnitude)
+        if bias is not None:
+            # The base's output has its own bias in it, which is not scaled.
+            shift = (0 if shift is None else shift) + (1 - gain) * bias
+        return pair, OutputChange(gain - 1, shift)
+    if parts.b_bias is not None:
+        shift = parts.b_bias if shift is None else shift + parts.b_bias.to(shift.device)
+    return pair, OutputChange(None, shift)
+
+
+def finish_end(base: BaseModel, name: str, end: EndParts) -> EndChange:
+    """Return what an adapter does to the embedding or the head."""
+    pair, change = end.pair, None
+    if end.parts.magnitude is not None and pair is not None:
+        # An embedding's rows of weights are the columns of its matrix.
+        weight = base.base_weight(name)
+        gain, pair = _gain(weight.t() if name == "embed_tokens" else weight, pair, end.parts.magnitude)
+        change = OutputChange(gain - 1, None)
+    elif end.parts.b_bias is not None:
+        change = OutputChange(None, end.parts.b_bias)
+    a, b = (None, None) if pair is None else pair
+    if a is not None and b is not None and name == "embed_tokens":
+        a, b = a.t().contiguous(), b.t().contiguous()
+    return EndChange(end.weight, end.row_ids, end.rows, a, b, change)
+
+
+def _gain(weight: Tensor, pair: tuple[Tensor, Tensor], magnitude: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    a, b = pair
+    product = b.to(weight.device).float() @ a.to(weight.device).float()
+    gain = magnitude.to(weight.device) / torch.linalg.vector_norm(weight + product, dim=1)
+    return gain, (a, (b.float() * gain.to(b.device).unsqueeze(1)).to(b.dtype))

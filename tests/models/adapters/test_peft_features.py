@@ -1,0 +1,192 @@
+"""Everything that PEFT can put into a LoRA adapter, in one mixed batch against peft; the run prints a table."""
+
+import copy
+import random
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from paged_model import PagedModel
+from tiny_models import load_peft, make_peft_adapter, make_tiny_llama
+from transformers import PreTrainedModel
+
+from loraplex_models.adapters.finish import check_against_base
+from loraplex_models.adapters.manifest import check_adapter
+from loraplex_models.adapters.slots import AdapterSlots
+from loraplex_models.adapters.weights import load_adapter_weights
+from loraplex_models.decoder import CausalLM
+from loraplex_models.loader import load_model
+from loraplex_models.parallel import ParallelGroup
+
+TOLERANCE = 1e-3
+BASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Fields of LoraConfig, and the tiny base that they need."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    base: str = "plain"
+    targets: tuple[str, ...] = ("q_proj", "v_proj", "down_proj")
+
+
+ENDS = ("q_proj", "embed_tokens", "lm_head")
+BLOCKS = {"target_modules_bd_a": ["down_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 4, "match_strict": False}
+FEATURES = {
+    "plain": Feature(),
+    "rsLoRA": Feature({"use_rslora": True}),
+    "rank and alpha patterns": Feature({"rank_pattern": {"q_proj": 2, "proj": 5}, "alpha_pattern": {"v_proj": 3}}),
+    "layer subset": Feature({"layers_to_transform": [1]}),
+    "all-linear": Feature(targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+    "EVA-like rank pattern, alpha 0.5": Feature({"lora_alpha": 0.5, "rank_pattern": {"layers.0.mlp.down_proj": 7}}),
+    "DoRA": Feature({"use_dora": True}),
+    "DoRA, rsLoRA, base with biases": Feature({"use_dora": True, "use_rslora": True}, base="biases"),
+    "DoRA, bias all": Feature({"use_dora": True, "bias": "all"}, base="biases"),
+    "DoRA on embeddings and lm_head": Feature({"use_dora": True}, targets=ENDS),
+    "bias all": Feature({"bias": "all"}, base="biases"),
+    "bias lora_only": Feature({"bias": "lora_only"}, base="biases"),
+    "lora_bias": Feature({"lora_bias": True}),
+    "lora_bias on lm_head, with bias all": Feature(
+        {"lora_bias": True, "bias": "all"}, base="biases", targets=("o_proj", "lm_head")
+    ),
+    "modules_to_save lm_head": Feature({"modules_to_save": ["lm_head"]}),
+    "modules_to_save embed_tokens": Feature({"modules_to_save": ["embed_tokens"]}),
+    "modules_to_save both": Feature({"modules_to_save": ["lm_head", "embed_tokens"]}),
+    "modules_to_save, tied base, embedding": Feature({"modules_to_save": ["embed_tokens"]}, base="tied"),
+    "modules_to_save, tied base, both": Feature({"modules_to_save": ["embed_tokens", "lm_head"]}, base="tied"),
+    "modules_to_save, tying ensured": Feature(
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, base="tied"
+    ),
+    "LoRA on embed_tokens": Feature(targets=("q_proj", "embed_tokens")),
+    "LoRA on lm_head": Feature(targets=("q_proj", "lm_head")),
+    "LoRA on both ends": Feature(targets=ENDS),
+    "LoRA on embed_tokens, tied base": Feature(base="tied", targets=("q_proj", "embed_tokens")),
+    "LoRA on embed_tokens, tying ensured": Feature(
+        {"ensure_weight_tying": True}, base="tied", targets=("q_proj", "embed_tokens")
+    ),
+    "trainable tokens": Feature({"trainable_token_indices": [300, 7, 12]}),
+    "trainable tokens of both ends": Feature(
+        {"trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [400, 5, 9]}}
+    ),
+    "trainable tokens, tied base": Feature({"trainable_token_indices": [300, 7, 12]}, base="tied"),
+    "BD-LoRA": Feature({"use_bdlora": BLOCKS}),
+    "q only, rank 1": Feature({"r": 1, "lora_alpha": 1}, targets=("q_proj",)),
+    "rank 64": Feature({"r": 64}),
+}
+
+
+@dataclass
+class World:
+    """A tiny base, ours and transformers', and every feature's adapter on it."""
+
+    model: CausalLM
+    truth: PreTrainedModel
+    folders: dict[str, Path]
+
+
+def make_adapter(folder: Path, model: PreTrainedModel, feature: Feature) -> Path:
+    fields = dict(feature.fields)
+    rank, alpha = fields.pop("r", 4), fields.pop("lora_alpha", 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of what these adapters are about: embeddings that it saves too
+        return make_peft_adapter(
+            folder, copy.deepcopy(model), rank=rank, alpha=alpha, target_modules=feature.targets, **fields
+        )
+
+
+@pytest.fixture(scope="module", params=BASES)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    truth = make_tiny_llama(folder / "model", **BASES[request.param])
+    model = load_model(folder / "model", dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single())
+    names = [name for name, feature in FEATURES.items() if feature.base == request.param]
+    folders = {name: make_adapter(folder / str(i), truth, FEATURES[name]) for i, name in enumerate(names)}
+    return World(model, truth, folders)
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest) -> Iterator[dict[str, tuple[float, float]]]:
+    rows: dict[str, tuple[float, float]] = {}
+    yield rows
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\n\nadapter feature, files by peft: largest difference of a logit from peft, and from the base, float32")
+        for name in FEATURES:
+            if name in rows:
+                print(f"{name:40}  {rows[name][0]:.0e}  {rows[name][1]:.1f}")
+
+
+def true_logits(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def peft_logits(folder: Path, truth: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = load_peft(folder, copy.deepcopy(truth))
+    return [true_logits(adapted, tokens) for tokens in prompts]
+
+
+def filled(world: World, names: list[str]) -> AdapterSlots:
+    slots = AdapterSlots(world.model, len(names))
+    for slot, name in enumerate(names):
+        manifest = check_adapter(world.folders[name], world.model.config, max_rank=64)
+        weights = load_adapter_weights(world.folders[name], manifest, dtype=torch.float32)
+        check_against_base(weights, world.model)
+        slots.set(slot, weights)
+    return slots
+
+
+def test_every_feature_in_one_mixed_batch_equals_peft(world: World, table: dict[str, tuple[float, float]]) -> None:
+    names = list(world.folders)
+    paged = PagedModel(world.model, num_blocks=2048, slots=filled(world, names))
+    draw = random.Random(5)
+    prompts = {name: [[draw.randrange(512) for _ in range(n)] for n in (14, 37)] for name in ["base", *names]}
+    for tokens in prompts.values():
+        tokens[0][:3] = [7, 300, 12]  # those that trainable tokens replace
+    sequences = {f"{name}/{i}": tokens for name, both in prompts.items() for i, tokens in enumerate(both)}
+    for name, tokens in sequences.items():
+        owner = name.rpartition("/")[0]
+        paged.add(name, tokens, -1 if owner == "base" else names.index(owner))
+    while waiting := [name for name in sequences if paged.remaining(name)]:
+        chosen = draw.sample(waiting, draw.randint(1, len(waiting)))
+        paged.step({name: min(draw.choice((1, 1, 2, 7, 36)), paged.remaining(name)) for name in chosen})
+    base = [true_logits(world.truth, tokens) for tokens in prompts["base"]]
+    for i, truth in enumerate(base):
+        assert (paged.logits(f"base/{i}") - truth).abs().max() < 1e-4
+    for name in names:
+        truths = peft_logits(world.folders[name], world.truth, prompts[name])
+        error = max(float((paged.logits(f"{name}/{i}") - truth).abs().max()) for i, truth in enumerate(truths))
+        effect = max(
+            float((truth - true_logits(world.truth, tokens)).abs().max())
+            for truth, tokens in zip(truths, prompts[name], strict=True)
+        )
+        table[name] = (error, effect)
+    wrong = {name: table[name] for name in names if table[name][0] > TOLERANCE or table[name][1] < 0.1}
+    assert not wrong
+
+
+def test_plain_adapters_carry_nothing_more(world: World) -> None:
+    names = list(world.folders)
+    slots = filled(world, names)
+    for slot, name in enumerate(names):
+        lora = slots.route((0, 3), (slot,))
+        assert lora is not None
+        manifest = check_adapter(world.folders[name], world.model.config, max_rank=64)
+        is_plain = lora.extras is None and lora.embedding is None and lora.head is None
+        assert is_plain == manifest.is_plain, name
+    for slot in range(len(names)):
+        slots.clear(slot)
+    lora = slots.route((0, 3), (0,))
+    assert lora is not None
+    assert lora.extras is None and lora.embedding is None and lora.head is None and not any(lora.tables)
