@@ -13,6 +13,7 @@ from loraplex_models.adapters.manifest import check_adapter
 from loraplex_models.config import read_config
 from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
+from loraplex_server.adapter_spec import adapter_spec
 from loraplex_server.config import AdapterConfig, EngineConfig
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.memory import settle_limits
@@ -20,16 +21,9 @@ from loraplex_server.engine.process import build_engine
 from loraplex_server.messages import AdapterSpec, EngineStats, GenerateRequest, SamplingParams, TokenOutput
 
 
-def adapter_spec(name: str, folder: Path, model_folder: Path) -> AdapterSpec:
+def checked_spec(name: str, folder: Path, model_folder: Path) -> AdapterSpec:
     """The spec that the registry would give for a checked adapter."""
-    manifest = check_adapter(folder, read_config(model_folder), max_rank=512)
-    return AdapterSpec(
-        adapter_id=name,
-        digest=manifest.digest,
-        path=str(folder),
-        rank=manifest.rank,
-        num_bytes=manifest.num_bytes,
-    )
+    return adapter_spec(name, str(folder), check_adapter(folder, read_config(model_folder), max_rank=512))
 
 
 class EngineBench:
@@ -44,7 +38,7 @@ class EngineBench:
             device=torch.device("cpu"),
             group=ParallelGroup.single(),
         )
-        self.specs = {name: adapter_spec(name, folder, model_folder) for name, folder in adapters.items()}
+        self.specs = {name: checked_spec(name, folder, model_folder) for name, folder in adapters.items()}
         self.start()
 
     def start(self, *, max_resident_adapters: int = 8, **settings: Any) -> None:

@@ -18,6 +18,7 @@ from loraplex_models.sources import (
     SourceUnavailable,
     resolve_adapter,
 )
+from loraplex_server.adapter_spec import adapter_spec
 from loraplex_server.errors import AdapterError, AdapterForbidden, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from loraplex_server.messages import AdapterSpec
 
@@ -53,15 +54,7 @@ class OfflineAdapters:
             raise AdapterRefused(f"adapter '{request.lora_name}': {error}", error.error_type) from None
         for warning in manifest.warnings:
             logger.warning("adapter '%s': %s", request.lora_name, warning)
-        spec = AdapterSpec(
-            adapter_id=request.lora_name,
-            digest=manifest.digest,
-            path=source.path,
-            rank=manifest.rank,
-            num_bytes=manifest.num_bytes,
-            source=source.source,
-            revision=source.revision,
-        )
+        spec = adapter_spec(request.lora_name, source.path, manifest, source=source.source, revision=source.revision)
         self._checked[source.path] = (stamp, spec)
         return spec
 

@@ -11,6 +11,7 @@ from loraplex.launch_error import LaunchError
 from loraplex.plan import CheckpointFacts
 from loraplex_models.adapters.manifest import ManifestError, check_adapter
 from loraplex_models.config import ModelConfig, ModelConfigError, read_config
+from loraplex_server.adapter_spec import adapter_spec
 from loraplex_server.config import ApiConfig, LaunchConfig
 from loraplex_server.messages import AdapterSpec
 
@@ -101,15 +102,7 @@ def _resolve_adapters(
         except (SourceError, ManifestError) as error:
             refused.append(f"adapter '{item.adapter_id}': {error}")
             continue
-        spec = AdapterSpec(
-            adapter_id=item.adapter_id,
-            path=source.path,
-            digest=manifest.digest,
-            rank=manifest.rank,
-            num_bytes=manifest.num_bytes,
-            source=source.source,
-            revision=source.revision,
-        )
+        spec = adapter_spec(item.adapter_id, source.path, manifest, source=source.source, revision=source.revision)
         adapters.append((spec, manifest.warnings))
     if refused:
         raise LaunchError("; ".join(refused))

@@ -1,7 +1,7 @@
 """AdapterSlots: the adapters that are ready to compute with, and how a batch's tokens reach them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -46,6 +46,7 @@ class AdapterSlots:
         )
         self._extras = tuple(LinearExtras(tuple(linear.parts.values())) for linear in self._linears)
         self._embedding, self._head = EmbeddingExtras(), HeadExtras()
+        self._with_extras: set[int] = set()  # slots whose adapters bring more than products
         self._places = {
             module: (linear.index, part) for linear in self._linears for part, module in enumerate(linear.parts)
         }
@@ -63,14 +64,16 @@ class AdapterSlots:
             pair, change = finish_linear(self._model, module, pairs.get(module), parts)
             if pair is not None:
                 pairs[module] = pair
-            changes.append((*self._places[module], change.to(self._device)))
+            changes.append((*self._places[module], change.to(self._device, self._dtype)))
         modules: list[tuple[int, int, Tensor, Tensor]] = []
         for module, (a, b) in pairs.items():
             a = a.to(self._device, self._dtype).contiguous()
             # The tables want a rank's row of B dense.
             b = b.to(self._device, self._dtype).t().contiguous().t()
             modules.append((*self._places[module], a, b))
-        ends = {name: finish_end(self._model, name, end).to(self._device) for name, end in weights.ends.items()}
+        ends = {
+            name: finish_end(self._model, name, end).to(self._device, self._dtype) for name, end in weights.ends.items()
+        }
         return PreparedAdapter(tuple(modules), tuple(changes), ends.get("embed_tokens"), ends.get("lm_head"))
 
     def install(self, slot: int, adapter: PreparedAdapter) -> None:
@@ -80,6 +83,8 @@ class AdapterSlots:
             self._tables[index].set(slot, part, a, b)
         for index, part, change in adapter.changes:
             self._extras[index].set(slot, part, change)
+        if adapter.changes or adapter.embedding is not None or adapter.head is not None:
+            self._with_extras.add(slot)
         if adapter.embedding is not None:
             self._embedding.set(slot, adapter.embedding)
         if adapter.head is not None:
@@ -94,10 +99,12 @@ class AdapterSlots:
         assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
         for table in self._tables:
             table.clear(slot)
-        for extras in self._extras:
-            extras.clear(slot)
-        for end in (self._embedding, self._head):
-            end.clear(slot)
+        if slot in self._with_extras:
+            self._with_extras.remove(slot)
+            for extras in self._extras:
+                extras.clear(slot)
+            for end in (self._embedding, self._head):
+                end.clear(slot)
         self._last_route = None
 
     def route(self, segment_start: Sequence[int], segment_slots: Sequence[int]) -> LoraBatch | None:
@@ -109,19 +116,26 @@ class AdapterSlots:
         starts, slots = tuple(segment_start), tuple(segment_slots)
         if self._last_route is not None and self._last_route[:2] == (starts, slots):
             return self._last_route[2]
-        used = set(slots) - {NO_SLOT}
+        used = frozenset(slots) - {NO_SLOT}
         batch = None
         if used:
-            extras = tuple(None if used.isdisjoint(extra.slots) else extra for extra in self._extras)
             batch = LoraBatch(
                 segments=LoraSegments(starts, slots),
                 tables=tuple(None if used.isdisjoint(table.slots) else table for table in self._tables),
-                extras=extras if any(extras) else None,
-                embedding=None if used.isdisjoint(self._embedding.slots) else self._embedding,
-                head=None if used.isdisjoint(self._head.slots) else self._head,
             )
+            if not used.isdisjoint(self._with_extras):
+                batch = self._with_changes(batch, used)
         self._last_route = (starts, slots, batch)
         return batch
+
+    def _with_changes(self, batch: LoraBatch, used: frozenset[int]) -> LoraBatch:
+        extras = tuple(None if used.isdisjoint(extra.slots) else extra for extra in self._extras)
+        return replace(
+            batch,
+            extras=extras if any(extras) else None,
+            embedding=None if used.isdisjoint(self._embedding.slots) else self._embedding,
+            head=None if used.isdisjoint(self._head.slots) else self._head,
+        )
 
     def _check(self, weights: "AdapterWeights") -> None:
         sizes = {

@@ -67,7 +67,8 @@ class EndParts:
 class AdapterWeights:
     """What an adapter adds: module name → A [rank, in] and B [out, rank], so that y += B(A x). On the CPU.
 
-    B is stored rank by rank, as the slots want it: `b.t()` is contiguous. `parts` and `ends` are empty for plain adapters.
+    B is stored rank by rank, as the slots want it: `b.t()` is contiguous. `parts` and `ends` are empty for plain
+    adapters.
     """
 
     digest: str

@@ -25,10 +25,12 @@ class OutputChange:
         """Memory of both."""
         return sum(tensor.nbytes for tensor in (self.gain_minus_one, self.shift) if tensor is not None)
 
-    def to(self, device: torch.device) -> "OutputChange":
-        """The same on a device."""
-        gain, shift = self.gain_minus_one, self.shift
-        return OutputChange(None if gain is None else gain.to(device), None if shift is None else shift.to(device))
+    def to(self, device: torch.device, dtype: torch.dtype) -> "OutputChange":
+        """The same on a device, in a float type."""
+        gain, shift = (
+            None if vector is None else vector.to(device, dtype) for vector in (self.gain_minus_one, self.shift)
+        )
+        return OutputChange(gain, shift)
 
     def apply(self, out: Tensor) -> None:
         """Change `out`, [rows, out] of any float type, in place; computed in float32."""
@@ -38,7 +40,7 @@ class OutputChange:
             if self.shift is not None:
                 change += self.shift
         elif self.shift is not None:
-            change = self.shift.expand_as(change)
+            change = self.shift.float().expand_as(change)
         out += change
 
 
@@ -93,13 +95,19 @@ class EndChange:
         own = sum(tensor.nbytes for tensor in tensors if tensor is not None)
         return own + (0 if self.change is None else self.change.num_bytes)
 
-    def to(self, device: torch.device) -> "EndChange":
-        """The same on a device."""
-        weight, row_ids, rows, a, b = (
-            None if tensor is None else tensor.to(device)
-            for tensor in (self.weight, self.row_ids, self.rows, self.a, self.b)
+    def to(self, device: torch.device, dtype: torch.dtype) -> "EndChange":
+        """The same on a device, in a float type."""
+        weight, rows, a, b = (
+            None if tensor is None else tensor.to(device, dtype) for tensor in (self.weight, self.rows, self.a, self.b)
         )
-        return EndChange(weight, row_ids, rows, a, b, None if self.change is None else self.change.to(device))
+        return EndChange(
+            weight,
+            None if self.row_ids is None else self.row_ids.to(device),
+            rows,
+            a,
+            b,
+            None if self.change is None else self.change.to(device, dtype),
+        )
 
 
 class _EndExtras:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from loraplex_kernels.warm_up import warm_up
+from loraplex_models.adapters.finish import check_against_base
 from loraplex_models.adapters.manifest import ManifestError, check_adapter
 from loraplex_models.adapters.weights import AdapterWeights, load_adapter_weights
 from loraplex_models.checkpoint import CheckpointError
@@ -59,7 +60,9 @@ def build_engine(config: EngineConfig, model: CausalLM, limits: Limits) -> Engin
 
     def read_adapter(path: str) -> AdapterWeights:
         manifest = check_adapter(path, model.config, max_rank=config.adapters.max_lora_rank)
-        return load_adapter_weights(path, manifest, dtype=dtype)
+        weights = load_adapter_weights(path, manifest, dtype=dtype)
+        check_against_base(weights, model)
+        return weights
 
     end_token_ids = frozenset(model.config.end_token_ids)
     grammars = GrammarLibrary(config.model_path, model.config.vocab_size, tuple(end_token_ids))

@@ -162,11 +162,9 @@ def test_a_rank_above_the_limit_is_too_large_and_says_what_it_needs(tmp_path: Pa
 # Features that are not served
 
 UNSERVED = {
-    "use_dora": True, "lora_bias": True, "bias": "all", "modules_to_save": ["lm_head"], "use_qalora": True,
-    "use_bdlora": {"nblocks": 2}, "kasa_config": {"beta": 0.1}, "arrow_config": {"top_k": 3},
-    "alora_invocation_tokens": [1, 2], "layer_replication": [[0, 2], [1, 2]],
-    "target_parameters": ["feed_forward.experts.gate_up_proj"], "trainable_token_indices": [5],
-    "ensure_weight_tying": True,
+    "use_qalora": True, "kasa_config": {"beta": 0.1}, "arrow_config": {"top_k": 3},
+    "layer_replication": [[0, 2], [1, 2]], "target_parameters": ["feed_forward.experts.gate_up_proj"],
+    "modules_to_save": ["score"], "trainable_token_indices": {"model.wte": [5]},
 }  # fmt: skip
 
 
@@ -177,9 +175,46 @@ def test_a_field_that_would_change_the_output_is_refused_by_name(field: str, tmp
     assert message.startswith(f"{CONFIG_FILE}: {field} is {UNSERVED[field]!r}: ")
 
 
-@pytest.mark.parametrize("bias", ["lora_only", "everything", 1])
-def test_every_bias_but_none_is_refused(bias: Any, tmp_path: Path) -> None:
-    assert refusal(write_adapter(tmp_path, config_fields(bias=bias)))[0] == "adapter_unsupported"
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"bias": "everything"}, "bias is 'everything'"),
+        ({"bias": 1}, "bias is 1"),
+        ({"use_dora": "yes"}, "use_dora is 'yes'"),
+        ({"use_dora": True}, "use_dora is true, and layers.0.mlp.down_proj has no tensor for it"),
+        ({"lora_bias": True}, "lora_bias is true, and layers.0.mlp.down_proj has no tensor for it"),
+        ({"use_dora": True, "lora_bias": True}, "exclude each other"),
+        ({"use_dora": True, "alora_invocation_tokens": [1]}, "exclude each other"),
+        ({"use_bdlora": {"nblocks": 0}}, "nblocks is 0"),
+        ({"use_bdlora": True}, "use_bdlora is True"),
+        ({"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["down"], "target_modules_bd_b": ["proj"]}}, "both"),
+        ({"modules_to_save": ["lm_head"]}, "the file has no copy of it"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'"),
+        ({"trainable_token_indices": [5]}, "the file has no rows of it"),
+        ({"trainable_token_indices": [5, 5]}, "named twice"),
+        ({"trainable_token_indices": [-1]}, "a list of token ids"),
+        ({"alora_invocation_tokens": "<think>"}, "a list of token ids"),
+        ({"ensure_weight_tying": 3}, "ensure_weight_tying is 3"),
+    ],
+)
+def test_a_feature_that_cannot_be_as_the_config_says_is_invalid(
+    fields: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    kind, message = refusal(write_adapter(tmp_path, config_fields(**fields)))
+    assert (kind, words in message) == ("adapter_invalid", True), message
+
+
+@pytest.mark.parametrize(
+    "fields", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5]}]
+)
+def test_what_would_act_before_the_invocation_is_refused_with_it(fields: dict[str, Any], tmp_path: Path) -> None:
+    kind, message = refusal(write_adapter(tmp_path, config_fields(alora_invocation_tokens=[7], **fields)))
+    assert (kind, "alora_invocation_tokens" in message) == ("adapter_unsupported", True)
+
+
+def test_an_activated_adapter_names_its_invocation(tmp_path: Path) -> None:
+    manifest = check(write_adapter(tmp_path, config_fields(alora_invocation_tokens=[7, 8])))
+    assert manifest.invocation_token_ids == (7, 8) and not manifest.is_plain
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "PiSSA"])
@@ -233,17 +268,8 @@ def test_another_task_is_refused(task: str, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "reason"),
     [
-        ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", (32,), "use_dora"),
-        ("model.layers.0.self_attn.q_proj.lora_B.bias", (32,), "lora_bias"),
-        ("model.layers.0.self_attn.q_proj.base_layer.bias", (32,), "bias 'none'"),
-        ("model.layers.0.self_attn.q_proj.bias", (32,), "bias 'none'"),
         ("model.layers.0.self_attn.q_proj.lora_E", (4, 1), "AdaLoRA"),
         ("model.layers.0.self_attn.q_proj.lora_diag", (4,), "KaSA"),
-        ("model.embed_tokens.lora_embedding_A", (4, VOCABULARY), "embed_tokens"),
-        ("model.embed_tokens.weight", (VOCABULARY, 32), "modules_to_save"),
-        ("model.embed_tokens.token_adapter.trainable_tokens_delta", (3, 32), "token rows"),
-        ("lm_head.lora_A.weight", (4, 32), "lm_head"),
-        ("lm_head.modules_to_save.weight", (VOCABULARY, 32), "modules_to_save"),
         ("score.weight", (2, 32), "modules_to_save"),
         ("model.layers.0.mlp.experts.7.w1.lora_A.weight", (4, 32), "experts"),
         ("model.layers.0.self_attn.q_proj.hada_w1_a", (4, 32), "another method"),
@@ -256,6 +282,43 @@ def test_a_tensor_of_an_unserved_feature_is_refused_by_name(
     assert kind == "adapter_unsupported"
     assert name in message
     assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", (32,), "does not say use_dora true"),
+        ("model.layers.0.self_attn.q_proj.lora_B.bias", (32,), "does not say lora_bias true"),
+        ("model.layers.0.self_attn.k_proj.lora_magnitude_vector", (16,), "has no lora_A beside it"),
+        ("model.layers.0.self_attn.q_proj.base_layer.bias", (32,), "says bias 'none'"),
+        ("model.layers.0.self_attn.k_proj.bias", (16,), "says bias 'none'"),
+        ("model.embed_tokens.lora_embedding_A", (4, VOCABULARY), "has no lora_B beside it"),
+        ("lm_head.lora_A.weight", (4, 32), "has no lora_B beside it"),
+    ],
+)
+def test_a_tensor_that_the_config_does_not_explain_is_invalid(
+    name: str, shape: tuple[int, ...], words: str, tmp_path: Path
+) -> None:
+    kind, message = refusal(write_adapter(tmp_path, tensors=lora_tensors() | {HEAD + name: torch.ones(shape)}))
+    assert kind == "adapter_invalid"
+    assert name in message
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "shape"),
+    [
+        ({"bias": "all"}, "model.layers.0.self_attn.k_proj.bias", (17,)),
+        ({"trainable_token_indices": [3]}, "model.embed_tokens.token_adapter.trainable_tokens_delta", (2, 32)),
+        ({"trainable_token_indices": [VOCABULARY]}, "model.embed_tokens.token_adapter.trainable_tokens_delta", (1, 32)),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight", (VOCABULARY, 33)),
+    ],
+)
+def test_a_part_of_another_size_is_incompatible(
+    fields: dict[str, Any], name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    tensors = lora_tensors() | {HEAD + name: torch.ones(shape)}
+    assert refusal(write_adapter(tmp_path, config_fields(**fields), tensors))[0] == "adapter_incompatible"
 
 
 @pytest.mark.parametrize(
