@@ -20,17 +20,22 @@ MAX_IDLE_TENANTS = 4096
 class Lane:
     """The waiting sequences of one tenant with one adapter, oldest first; never empty while the queue has it."""
 
-    __slots__ = ("digest", "sequences", "tenant")
+    __slots__ = ("digest", "last_start", "sequences", "tenant")
 
     def __init__(self, tenant: str, digest: str | None):
         self.tenant = tenant
         self.digest = digest
         self.sequences: dict[int, Sequence] = {}  # by order of arrival
+        self.last_start = 0.0  # when one of its sequences left to run; the scheduler's clock
 
     @property
     def head(self) -> Sequence:
         """The sequence whose turn it is in this lane."""
         return next(iter(self.sequences.values()))
+
+    def passed_over_s(self, now: float) -> float:
+        """How long its head has waited without any of the lane being begun."""
+        return now - max(self.head.waiting_since, self.last_start)
 
 
 class FairQueue:
@@ -40,6 +45,7 @@ class FairQueue:
         self._lanes: dict[tuple[str, str | None], Lane] = {}
         self._served: dict[str, float] = {}  # idle tenants too, as far as remembered; those last served come last
         self._num_waiting: dict[str, int] = {}  # by tenant, never 0
+        self._last_start: dict[str, float] = {}  # of the tenants that wait
         self._last_tenant = ""  # the one that stopped waiting last
         self._len = 0
 
@@ -82,6 +88,16 @@ class FairQueue:
         if not is_youngest:  # it has run before
             lane.sequences = dict(sorted(lane.sequences.items()))
 
+    def passed_over_s(self, lane: Lane, now: float) -> float:
+        """How long the lane's head has waited without any sequence of its tenant being begun."""
+        return now - max(lane.head.waiting_since, self._last_start.get(lane.tenant, 0.0))
+
+    def start(self, sequence: Sequence, now: float) -> None:
+        """Take out a sequence that is begun."""
+        self._lanes[sequence.tenant, sequence.request.adapter_digest].last_start = now
+        self._last_start[sequence.tenant] = now
+        self.remove(sequence)
+
     def remove(self, sequence: Sequence) -> None:
         """Take a waiting sequence out."""
         tenant = sequence.tenant
@@ -94,6 +110,7 @@ class FairQueue:
         self._num_waiting[tenant] -= 1
         if not self._num_waiting[tenant]:
             del self._num_waiting[tenant]
+            self._last_start.pop(tenant, None)
             self._last_tenant = tenant
 
     def _lift(self, tenant: str) -> None:

@@ -14,9 +14,11 @@ lacks a row, blocks or room for its adapter, sequences that have run for as long
 import time
 from bisect import insort
 from collections.abc import Callable
+from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
+from loraplex_server.engine import give_way
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.block_manager import BlockManager
 from loraplex_server.engine.fair_queue import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST, FairQueue, Lane
@@ -26,8 +28,6 @@ from loraplex_server.messages import FinishReason
 
 # A waiting sequence lets idle adapters of later ones stay on the device for so long, to have them used before they go.
 AFFINITY_S = 0.2
-# A sequence gives way to an overdue one only after it has generated so many tokens in this turn.
-MIN_TURN_TOKENS = 16
 
 # Whose turn it is: overdue before all others (0), then the tenant's counter, then the order of arrival.
 Turn = tuple[int, float, int]
@@ -223,10 +223,8 @@ class Scheduler:
         if isinstance(item, Sequence):
             # Up to one step's budget a prompt keeps the turn it was begun in, so that short ones are read at once.
             return (1, served - min(item.num_computed_tokens, self._max_prefill_tokens), item.order)
-        head = item.head
-        if now - head.waiting_since >= self._starvation_bound_s:
-            return (0, head.waiting_since, head.order)
-        return (1, served, head.order)
+        is_overdue = self.waiting.passed_over_s(item, now) >= self._starvation_bound_s
+        return (0 if is_overdue else 1, served, item.head.order)
 
     def _may_start(self, lane: Lane) -> bool:
         """Whether the lane's adapter is there and no overdue one needs its place."""
@@ -253,45 +251,27 @@ class Scheduler:
         self._no_room = self._adapters.want(wanted)
 
     def _make_way(self, now: float) -> None:
-        """Let the sequence that has waited longest beyond the bound have what it lacks, from those that have run."""
+        """Let who was passed over for longer than the bound have what it lacks, from those that have had a turn."""
         self._giving_way = None
-        overdue = [lane for lane in self.waiting.lanes() if now - lane.head.waiting_since >= self._starvation_bound_s]
-        if not overdue:
-            return
-        lane = min(overdue, key=lambda lane: self._turn_of(lane, now))
+        overdue = [lane for lane in self.waiting.lanes() if lane.passed_over_s(now) >= self._starvation_bound_s]
+        for lane in sorted(overdue, key=lambda lane: self._turn_of(lane, now)):
+            victims = self._victims_for(lane, now)
+            if all(give_way.has_had_its_turn(s, now, self._starvation_bound_s) for s in victims):
+                for sequence in reversed(victims):
+                    self._preempt(sequence)
+            if victims or self._giving_way is not None:
+                return
+
+    def _victims_for(self, lane: Lane, now: float) -> Sequences[Sequence]:
         if not self._is_ready(lane.digest):
-            if lane.digest == self._no_room:
-                self._free_an_adapter(now)
-        elif not self._free_rows or not self._has_blocks_for(lane.head):
-            self._free_a_row(lane, now)
-
-    def _free_an_adapter(self, now: float) -> None:
-        """Let no more sequences start with the adapter that fewest run with; preempt these once each has had a turn."""
-        by_digest: dict[str, list[Sequence]] = {}
-        for sequence in self.running:
-            if sequence.request.adapter_digest is not None:
-                by_digest.setdefault(sequence.request.adapter_digest, []).append(sequence)
-        # Nobody runs with one: the idle ones are held back until the overdue one has come.
-        self._giving_way = min(by_digest, key=lambda digest: len(by_digest[digest]), default="")
-        runs = by_digest.get(self._giving_way, [])
-        if all(self._has_had_its_turn(s, now) for s in runs):
-            for sequence in reversed(runs):
-                self._preempt(sequence)
-
-    def _free_a_row(self, lane: Lane, now: float) -> None:
-        """Preempt one sequence of the tenant that was served most, if that is more than the waiting one's."""
-        served = self.waiting.served
-        candidates = [
-            s
-            for s in self.running
-            if served(s.tenant) > served(lane.tenant) and s.tenant != lane.tenant and self._has_had_its_turn(s, now)
-        ]
-        if candidates:
-            self._preempt(max(candidates, key=lambda s: (served(s.tenant), s.order)))
-
-    def _has_had_its_turn(self, sequence: Sequence, now: float) -> bool:
-        has_run = now - sequence.running_since >= self._starvation_bound_s
-        return has_run and len(sequence.token_ids) - sequence.num_tokens_at_start >= MIN_TURN_TOKENS
+            if lane.digest != self._no_room:
+                return []  # it is on its way
+            self._giving_way, victims = give_way.adapter_to_free(self.running, self.waiting, lane)
+            return victims
+        has_room = self._free_rows and self._has_blocks_for(lane.head)
+        if has_room or self.waiting.passed_over_s(lane, now) < self._starvation_bound_s:
+            return []
+        return give_way.row_to_free(self.running, self.waiting, lane)
 
     def _has_blocks_for(self, sequence: Sequence) -> bool:
         return self._blocks.num_blocks_for(len(sequence.token_ids)) + len(self.running) <= self._blocks.num_free
@@ -313,7 +293,7 @@ class Scheduler:
         return head + self._blocks.allocate(missing)
 
     def _start(self, sequence: Sequence, block_ids: list[int], now: float) -> RowStart:
-        self.waiting.remove(sequence)
+        self.waiting.start(sequence, now)
         insort(self.running, sequence, key=lambda s: s.order)
         sequence.running_since = now
         sequence.num_tokens_at_start = len(sequence.token_ids)
