@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from loraplex_kernels.cpu import linear as _cpu
+from loraplex_kernels.cpu.linear import PackedWeight as PackedWeight
 from loraplex_kernels.reference import linear as _reference
 
 
-def pack_weight(weight: Tensor) -> Tensor:
+def pack_weight(weight: Tensor) -> Tensor | PackedWeight:
     """Return `weight` [out, in] in the layout that `linear` reads fastest; what comes back is opaque.
 
     A weight that has no faster layout on its device comes back as it is, not as a copy.
@@ -14,16 +15,18 @@ def pack_weight(weight: Tensor) -> Tensor:
     return _cpu.pack_weight(weight) if weight.is_cpu else _reference.pack_weight(weight)
 
 
-def unpack_weight(weight: Tensor) -> Tensor:
+def unpack_weight(weight: Tensor | PackedWeight) -> Tensor:
     """Return the weight [out, in] from which `pack_weight` made this one; it may be the same memory."""
-    return weight.to_dense() if weight.is_mkldnn else weight
+    return weight.tensor.to_dense() if isinstance(weight, PackedWeight) else weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, addend: Tensor | None = None
+) -> Tensor:
     """Return x @ weight.T + bias + addend; bias and addend may be absent.
 
     x: [T, in], rows dense; weight: [out, in], plain or from `pack_weight`; bias: [out]; addend: [T, out].
     """
-    if weight.is_mkldnn:
+    if isinstance(weight, PackedWeight):
         return _cpu.linear(x, weight, bias, addend)
     return _reference.linear(x, weight, bias, addend)

@@ -6,6 +6,7 @@ from loraplex_kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from loraplex_kernels.attention import decode_attention
 from loraplex_kernels.choice import most_likely
 from loraplex_kernels.kv_cache import rotate_and_store
+from loraplex_kernels.linear import linear, pack_weight
 from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
 from loraplex_kernels.moe import route_tokens, sum_experts
 from loraplex_kernels.norm import rms_norm, rms_norm_groups
@@ -19,6 +20,8 @@ def warm_up(dtype: torch.dtype, device: torch.device, *, has_experts: bool) -> N
     silu_and_mul(x)
     gelu_tanh_and_mul(x)
     most_likely(x)
+    wide = torch.ones(64, 64, dtype=dtype, device=device)
+    linear(wide[:1], pack_weight(wide))
     cells = torch.zeros(1, dtype=torch.int64, device=device)
     rotate_and_store(x.clone(), x[:, :2], x[:, :2], x[:, :4].clone(), cells, num_heads=2, head_dim=2)
     first, length = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32, device=device)

@@ -19,7 +19,7 @@ class Unquantized:
         self.num_bytes = weight.nbytes
         packed = pack_weight(weight)
         # A weight that stayed plain must not keep the checkpoint's mapped file alive.
-        self._weight = packed.clone() if packed is weight and len(parts) == 1 else packed
+        self._weight = weight.clone() if packed is weight and len(parts) == 1 else packed
         self._bias = stacked_bias(parts, dtype, device)
         if self._bias is not None:
             self.num_bytes += self._bias.nbytes

@@ -16,7 +16,8 @@ from loraplex_kernels.attention import (
 from loraplex_kernels.choice import most_likely
 from loraplex_kernels.cpu import attention as cpu_attention
 from loraplex_kernels.kv_cache import rotate_and_store
-from loraplex_kernels.linear import linear, pack_weight
+from loraplex_kernels.cpu.linear import FEW_ROWS
+from loraplex_kernels.linear import PackedWeight, linear, pack_weight
 from loraplex_kernels.norm import rms_norm, rms_norm_groups
 from loraplex_kernels.reference import activation as reference_activation
 from loraplex_kernels.reference import attention as reference_attention
@@ -53,6 +54,35 @@ def test_a_packed_linear_equals_a_plain_one(dtype: torch.dtype, rows: int, has_b
             linear(x, pack_weight(weight), bias, addend), reference_linear.linear(x, weight, bias, addend), dtype
         )
     assert addend is None or kept is None or torch.equal(addend, kept)
+
+
+@pytest.mark.parametrize("rows", [*range(1, 10), FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize(("out_size", "in_size"), [(64, 64), (192, 96), (4224, 32)])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_addend", [False, True])
+def test_few_rows_of_bfloat16_equal_sums_in_float64(
+    rows: int, out_size: int, in_size: int, has_bias: bool, has_addend: bool
+) -> None:
+    x, weight = torch.randn(rows, in_size).bfloat16(), torch.randn(out_size, in_size).bfloat16()
+    bias = torch.randn(out_size).bfloat16() if has_bias else None
+    addend = torch.randn(rows, out_size).bfloat16() if has_addend else None
+    truth = x.double() @ weight.double().T
+    truth += 0 if bias is None else bias.double()
+    truth += 0 if addend is None else addend.double()
+    with torch.inference_mode():
+        ours = linear(x, pack_weight(weight), bias, addend).double()
+    # One rounding to 8 bits, of a sum whose terms were rounded to 24.
+    assert ((ours - truth).abs() <= truth.abs() * 2**-8 + 1e-4).all()
+
+
+def test_a_row_gives_the_same_whatever_rows_are_beside_it() -> None:
+    x, weight = torch.randn(FEW_ROWS, 96).bfloat16(), pack_weight(torch.randn(128, 96).bfloat16())
+    if not (isinstance(weight, PackedWeight) and weight.address):
+        pytest.skip("this processor multiplies few rows by oneDNN")
+    with torch.inference_mode():
+        alone = [linear(row, weight) for row in x.split(1)]
+        for count in range(1, FEW_ROWS + 1):
+            assert torch.equal(linear(x[:count], weight), torch.cat(alone[:count]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

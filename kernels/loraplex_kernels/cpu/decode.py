@@ -5,13 +5,16 @@ The functions for one to four heads are written out, since only then do the runn
 head size known to the compiler, make this three times as fast as loops over heads.
 """
 
+import struct
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_kernels.cpu.compiled import exp, floats, halves, inline, ints, is_compiled, jit, load, store
+from loraplex_kernels.cpu.compiled import exp, floats, halves, inline, ints, is_compiled, jit, load, longs, store
+from loraplex_kernels.cpu.team import ChunkFunction, process_team
 
-# Keys over all sequences from which on torch's products on all cores, copies included, are faster than one core here.
+# Keys over all sequences from which on torch's products, copies included, are faster.
 MAX_KEYS = 4096
 MAX_TOGETHER = 4
 
@@ -144,60 +147,73 @@ _attend_64, _attend_128, _attend_any = _for_heads_of(64), _for_heads_of(128), _f
 
 
 @jit
-def _attend_sequences(queries, cache, block_table, seq_lens, window, block_size, num_kv_heads, head_dim, scale, out):
-    num_sequences, width = out.shape
-    num_shared = width // (num_kv_heads * head_dim)
-    most_keys = block_table.shape[1] * block_size
-    cells = np.empty(most_keys, np.int64)
-    scores = np.empty((MAX_TOGETHER, most_keys), np.float32)
+def _attend_for_key_head(
+    queries, cache, blocks, first, num_keys, kv_head, block_size, num_kv_heads, head_dim, scale, out
+):  # fmt: skip
+    """The heads that share one key head, for one sequence's query; queries and out: [width]; blocks: [max_blocks]."""
+    num_shared = out.shape[0] // (num_kv_heads * head_dim)
+    cells = np.empty(num_keys, np.int64)
+    for place in range(num_keys):
+        position = first + place
+        cells[place] = blocks[position // block_size] * block_size + position % block_size
+    scores = np.empty((MAX_TOGETHER, num_keys), np.float32)
     some_queries = np.empty((MAX_TOGETHER, head_dim), np.float32)
     totals = np.empty((MAX_TOGETHER, head_dim), np.float32)
-    for sequence in range(num_sequences):
-        first = max(0, seq_lens[sequence] - window)
-        num_keys = seq_lens[sequence] - first
-        for place in range(num_keys):
-            position = first + place
-            cells[place] = block_table[sequence, position // block_size] * block_size + position % block_size
-        for kv_head in range(num_kv_heads):
-            key, value = kv_head * head_dim, (num_kv_heads + kv_head) * head_dim
-            for first_shared in range(0, num_shared, MAX_TOGETHER):
-                together = min(MAX_TOGETHER, num_shared - first_shared)
-                column = (kv_head * num_shared + first_shared) * head_dim
-                for head in range(together):
-                    for i in range(head_dim):
-                        some_queries[head, i] = load(queries[sequence, column + head * head_dim + i]) * scale
-                if head_dim == 64:
-                    _attend_64(together, some_queries, cache, cells, num_keys, key, value, 64, scores, totals)
-                elif head_dim == 128:
-                    _attend_128(together, some_queries, cache, cells, num_keys, key, value, 128, scores, totals)
-                else:
-                    _attend_any(together, some_queries, cache, cells, num_keys, key, value, head_dim, scores, totals)
-                for head in range(together):
-                    for i in range(head_dim):
-                        out[sequence, column + head * head_dim + i] = store(totals[head, i], out[sequence, 0])
+    key, value = kv_head * head_dim, (num_kv_heads + kv_head) * head_dim
+    for first_shared in range(0, num_shared, MAX_TOGETHER):
+        together = min(MAX_TOGETHER, num_shared - first_shared)
+        column = (kv_head * num_shared + first_shared) * head_dim
+        for head in range(together):
+            for i in range(head_dim):
+                some_queries[head, i] = load(queries[column + head * head_dim + i]) * scale
+        if head_dim == 64:
+            _attend_64(together, some_queries, cache, cells, num_keys, key, value, 64, scores, totals)
+        elif head_dim == 128:
+            _attend_128(together, some_queries, cache, cells, num_keys, key, value, 128, scores, totals)
+        else:
+            _attend_any(together, some_queries, cache, cells, num_keys, key, value, head_dim, scores, totals)
+        for head in range(together):
+            for i in range(head_dim):
+                out[column + head * head_dim + i] = store(totals[head, i], out[0])
 
 
-@jit
-def _decode_attention(
-    is_half, queries, query_stride, num_sequences, width, cache, num_cells, block_table, num_blocks, seq_lens,
-    window, block_size, num_kv_heads, head_dim, scale, out,
-):  # fmt: skip
+@ChunkFunction
+def _attention_chunk(numbers, chunk):
+    """One key head of one sequence."""
+    sizes = longs(numbers, 16)
+    is_half, queries, query_stride, num_sequences, width, cache = (
+        sizes[0],
+        sizes[1],
+        sizes[2],
+        sizes[3],
+        sizes[4],
+        sizes[5],
+    )
+    num_cells, block_table, num_blocks, seq_lens = sizes[6], sizes[7], sizes[8], sizes[9]
+    window, block_size, num_kv_heads, head_dim, out = sizes[10], sizes[11], sizes[12], sizes[13], sizes[14]
+    scale = np.float32(sizes[15:16].view(np.float64)[0])
+    sequence, kv_head = chunk // num_kv_heads, chunk % num_kv_heads
+    blocks = ints(block_table, (num_sequences, num_blocks))[sequence]
+    length = ints(seq_lens, num_sequences)[sequence]
+    first = max(0, length - window)
     rows, cells, result = (
         (num_sequences, query_stride),
         (num_cells, 2 * num_kv_heads * head_dim),
         (num_sequences, width),
     )
-    blocks, lengths = ints(block_table, (num_sequences, num_blocks)), ints(seq_lens, num_sequences)
     if is_half:
-        _attend_sequences(
-            halves(queries, rows), halves(cache, cells), blocks, lengths, window, block_size, num_kv_heads, head_dim,
-            np.float32(scale), halves(out, result),
+        _attend_for_key_head(
+            halves(queries, rows)[sequence], halves(cache, cells), blocks, first, length - first, kv_head, block_size,
+            num_kv_heads, head_dim, scale, halves(out, result)[sequence],
         )  # fmt: skip
     else:
-        _attend_sequences(
-            floats(queries, rows), floats(cache, cells), blocks, lengths, window, block_size, num_kv_heads, head_dim,
-            np.float32(scale), floats(out, result),
+        _attend_for_key_head(
+            floats(queries, rows)[sequence], floats(cache, cells), blocks, first, length - first, kv_head, block_size,
+            num_kv_heads, head_dim, scale, floats(out, result)[sequence],
         )  # fmt: skip
+
+
+_LAYOUT = struct.Struct("16qd")
 
 
 def is_fast(num_keys: int, dtype: torch.dtype) -> bool:
@@ -212,9 +228,10 @@ def decode_attention(
     num_sequences, width = queries.shape
     num_cells, cell_width = cache.shape
     out = queries.new_empty(num_sequences, width)
-    _decode_attention(
-        queries.dtype is torch.bfloat16, queries.data_ptr(), queries.stride(0), num_sequences, width,
-        cache.data_ptr(), num_cells, block_table.data_ptr(), block_table.shape[1], seq_lens.data_ptr(),
-        window, block_size, num_kv_heads, cell_width // (2 * num_kv_heads), scale, out.data_ptr(),
+    process_team().run(
+        _LAYOUT, num_sequences * num_kv_heads, _attention_chunk.address, queries.dtype is torch.bfloat16,
+        queries.data_ptr(), queries.stride(0), num_sequences, width, cache.data_ptr(), num_cells,
+        block_table.data_ptr(), block_table.shape[1], seq_lens.data_ptr(), window, block_size, num_kv_heads,
+        cell_width // (2 * num_kv_heads), out.data_ptr(), scale,
     )  # fmt: skip
     return out

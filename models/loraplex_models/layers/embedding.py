@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from loraplex_kernels.linear import linear, pack_weight, unpack_weight
+from loraplex_kernels.linear import PackedWeight, linear, pack_weight, unpack_weight
 from loraplex_models.checkpoint import Checkpoint
 
 
@@ -38,7 +38,7 @@ class Head:
         self._shape = (vocab_size, hidden_size)
         self._dtype = dtype
         self._device = device
-        self._weight = torch.empty(0)
+        self._weight: Tensor | PackedWeight = torch.empty(0)
         self.num_bytes = 0
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
