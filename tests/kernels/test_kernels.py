@@ -15,8 +15,8 @@ from loraplex_kernels.attention import (
 )
 from loraplex_kernels.choice import most_likely
 from loraplex_kernels.cpu import attention as cpu_attention
-from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_kernels.cpu.linear import FEW_ROWS
+from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_kernels.linear import PackedWeight, linear, pack_weight
 from loraplex_kernels.norm import rms_norm, rms_norm_groups
 from loraplex_kernels.reference import activation as reference_activation

@@ -134,16 +134,18 @@ class Team:
         self._address = 0
         if num_threads > 1 and HAS_TEAMS:
             self._address = self._words.ctypes.data + -self._words.ctypes.data % 64
-        self._helper_jobs = [np.zeros(_JOB_WORDS, np.int64) for _ in range(num_threads - 1 if self._address else 0)]
-        for number, job in enumerate(self._helper_jobs, 1):
-            arguments = (self._address, job.ctypes.data)
-            threading.Thread(target=_help, args=arguments, name=f"team-{number}", daemon=True).start()
+        for number in range(1, num_threads if self._address else 1):
+            threading.Thread(target=self._live, name=f"team-{number}", daemon=True).start()
 
     def run(self, layout: struct.Struct, num_chunks: int, function: int, *numbers: float) -> None:
         """Call `function` for all chunks. `layout`: how the numbers lie, 8 bytes each, the function's address first."""
         with self._lock:
             layout.pack_into(self._own_job.data, 0, function, *numbers)
             _lead(self._address, self._own_job_address, num_chunks)
+
+    def _live(self) -> None:
+        job = np.zeros(_JOB_WORDS, np.int64)
+        _help(self._address, job.ctypes.data)
 
 
 @functools.cache
