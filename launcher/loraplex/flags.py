@@ -13,10 +13,17 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loraplex.foreign_flags import ALIASES, IGNORED, NOT_YET
-from loraplex_server.config import AdapterConfig, ApiConfig, EngineConfig, LaunchConfig, ServeConfig
+from loraplex.foreign_flags import ALIASES, FOREIGN_SWITCHES, IGNORED, NOT_YET
+from loraplex_server.config import (
+    AdapterConfig,
+    AdapterSourceConfig,
+    ApiConfig,
+    EngineConfig,
+    LaunchConfig,
+    ServeConfig,
+)
 
-GROUPS: tuple[type, ...] = (LaunchConfig, ApiConfig, EngineConfig, AdapterConfig)
+GROUPS: tuple[type, ...] = (LaunchConfig, ApiConfig, EngineConfig, AdapterConfig, AdapterSourceConfig)
 ENDLESS_ADDRESS = "0.0.0.0"
 
 
@@ -204,6 +211,9 @@ def settings_from(context: click.Context) -> Settings:
     _warn_of_near_misses(context, known)
     values["hostname"] = _hostname(context, values["hostname"])
     values |= hub_environment(values["huggingface_hub_cache"])
+    for name, foreign_variable in FOREIGN_SWITCHES.items():
+        values[name] = values[name] or _is_on(foreign_variable)
+    values["adapter_cache"] = values["adapter_cache"] or str(user_cache_folder() / "loraplex" / "adapters")
 
     def build(group: type) -> dict[str, Any]:
         return {field.name: values[field.name] for field in setting_fields(group)}
@@ -214,6 +224,7 @@ def settings_from(context: click.Context) -> Settings:
         serve=ServeConfig(
             api=ApiConfig(**build(ApiConfig)),
             engine=EngineConfig(**build(EngineConfig), adapters=AdapterConfig(**build(AdapterConfig))),
+            adapter_sources=AdapterSourceConfig(**build(AdapterSourceConfig), **hub),
         ),
         warnings=tuple(context.meta.get("loraplex.warnings", ())),
     )
@@ -223,6 +234,10 @@ def _first_set(*names: str) -> str | None:
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
 
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
 def hub_environment(cache: str | None) -> dict[str, Any]:
     """What the hub's own variables say: HF_TOKEN, HF_ENDPOINT, HF_HOME and so on."""
     home = _first_set("HF_HOME")
@@ -230,7 +245,7 @@ def hub_environment(cache: str | None) -> dict[str, Any]:
         "huggingface_hub_cache": cache or _first_set("HF_HUB_CACHE") or (str(Path(home, "hub")) if home else None),
         "hub_token": _first_set("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_API_TOKEN"),
         "hub_endpoint": _first_set("HF_ENDPOINT"),
-        "hub_offline": (_first_set("HF_HUB_OFFLINE") or "0").lower() in ("1", "true", "yes", "on"),
+        "hub_offline": _is_on("HF_HUB_OFFLINE"),
     }
 
 

@@ -15,6 +15,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "max_total_tokens": ("--max-model-len",),
     "max_batch_prefill_tokens": ("--max-num-batched-tokens",),
     "graceful_termination_timeout": ("-g", "--shutdown-timeout"),
+    "default_adapter_source": ("--default-adapter-source",),
+}
+
+# Variables of vLLM and LoRAX that switch a setting of ours on.
+FOREIGN_SWITCHES: dict[str, str] = {
+    "allow_runtime_adapters": "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+    "share_hub_token": "LORAX_USE_GLOBAL_HF_TOKEN",
 }
 
 

@@ -23,6 +23,8 @@ VARIABLES = (
     ("`HF_ENDPOINT`", "address of the hub"),
     ("`HF_HUB_CACHE`, `HF_HOME`", "folder of downloads, unless `--huggingface-hub-cache` is given"),
     ("`HF_HUB_OFFLINE`", "1: take downloads from the cache only"),
+    ("`VLLM_ALLOW_RUNTIME_LORA_UPDATING`", "1: the same as `--allow-runtime-adapters`"),
+    ("`LORAX_USE_GLOBAL_HF_TOKEN`", "1: the same as `--share-hub-token`"),
     ("`OMP_*`, `GOMP_*`", "OpenMP settings of the engine; what is set stays"),
     ("`XDG_CACHE_HOME`", "where the demo keeps its model (`~/.cache`)"),
 )

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +164,37 @@ def _unavailable(what: str, error: BaseException, endpoint: str | None) -> Sourc
     )
 
 
+def named_with_revision(repo: str, revision: str | None) -> str:
+    """A repository and the revision that was asked for, as messages name them."""
+    return f"'{repo}'" if revision is None else f"'{repo}' at revision '{revision}'"
+
+
+@contextmanager
+def hub_errors(what: str, *, hint: str, endpoint: str | None, offline: bool = False) -> Iterator[None]:
+    """Turn what the hub's library raises inside the block into SourceErrors; `hint` says what to do about a token."""
+    try:
+        yield
+    except GatedRepoError:
+        raise SourceForbidden(f"{what} is gated: accept its terms on the hub; {hint}") from None
+    except RepositoryNotFoundError:
+        raise SourceNotFound(
+            f"no folder and no hub repository {what}: check the spelling; if it is private, {hint}"
+        ) from None
+    except RevisionNotFoundError:
+        raise SourceNotFound(f"the hub has the repository but no {what}: check the revision's spelling") from None
+    except HFValidationError:
+        raise SourceFormatError(f"{what} is neither a folder nor a hub id (org/name)") from None
+    except (OSError, HubConnectionError) as error:
+        if _http_status(error) in (401, 403) or _http_status(error.__cause__) in (401, 403):
+            raise SourceForbidden(f"the hub refuses access to {what}: {hint}") from None
+        if offline:
+            raise SourceUnavailable(
+                f"{what} is not complete in the cache and the network is switched off (HF_HUB_OFFLINE):"
+                " unset it once to download, or give a local folder"
+            ) from None
+        raise _unavailable(what, error, endpoint) from None
+
+
 def _download(
     repo: str,
     revision: str | None,
@@ -175,9 +207,9 @@ def _download(
     offline: bool,
     progress: bool,
 ) -> LocalSource:
-    what = f"'{repo}'" if revision is None else f"'{repo}' at revision '{revision}'"
+    what = named_with_revision(repo, revision)
     hint = "the token has no access" if token else "give a token with HF_TOKEN"
-    try:
+    with hub_errors(what, hint=hint, endpoint=endpoint, offline=offline):
         path = snapshot_download(
             repo,
             revision=revision,
@@ -189,25 +221,6 @@ def _download(
             local_files_only=offline,
             tqdm_class=None if progress else _NoProgress,
         )
-    except GatedRepoError:
-        raise SourceForbidden(f"{what} is gated: accept its terms on the hub; {hint}") from None
-    except RepositoryNotFoundError:
-        raise SourceNotFound(
-            f"no folder and no hub repository {what}: check the spelling; if it is private, {hint}"
-        ) from None
-    except RevisionNotFoundError:
-        raise SourceNotFound(f"the hub has the repository but no {what}: check the revision's spelling") from None
-    except HFValidationError:
-        raise SourceFormatError(f"'{repo}' is neither a folder nor a hub id (org/name)") from None
-    except (OSError, HubConnectionError) as error:
-        if _http_status(error) in (401, 403) or _http_status(error.__cause__) in (401, 403):
-            raise SourceForbidden(f"the hub refuses access to {what}: {hint}") from None
-        if offline:
-            raise SourceUnavailable(
-                f"{what} is not complete in the cache and the network is switched off (HF_HUB_OFFLINE):"
-                " unset it once to download, or give a local folder"
-            ) from None
-        raise _unavailable(what, error, endpoint) from None
     return LocalSource(path=path, source="hub", revision=os.path.basename(path))
 
 

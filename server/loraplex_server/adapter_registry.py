@@ -1,9 +1,18 @@
-"""`AdapterRegistry`: the adapters that requests may name."""
+"""`AdapterRegistry`: the adapters that requests may name, and their versions.
+
+A name has one version or several, and a split says which of them a request gets. A version has a location, and once its
+files were brought and checked, an `AdapterSpec`; with very many names most have none, and cost no more than their text.
+"""
 
 import difflib
-from bisect import bisect
+import hashlib
+import time
+from bisect import bisect, insort
+from dataclasses import dataclass, field
 
 from loraplex_models.sources import adapter_id_problem
+from loraplex_server.adapter_contents import AdapterContents
+from loraplex_server.adapter_location import AdapterLocation
 from loraplex_server.config import AdapterConfig
 from loraplex_server.errors import AdapterNotFound, InvalidRequest
 from loraplex_server.messages import AdapterSpec
@@ -11,37 +20,150 @@ from loraplex_server.messages import AdapterSpec
 MAX_NEAR_NAMES = 5
 # Names are compared with so many others at most: a comparison takes 30 µs, and requests wait meanwhile.
 MAX_COMPARED_NAMES = 200
+FIRST_VERSION = "1"
 
-# The class below has a method of the name `list`.
-Specs = list[AdapterSpec]
-Names = list[str]
+
+@dataclass(slots=True, eq=False)
+class AdapterVersion:
+    """One content under a name. `spec` is there once the files were brought and checked."""
+
+    version: str
+    location: AdapterLocation | None  # None: the files were uploaded, or were checked at the start
+    spec: AdapterSpec | None = None
+    error: str | None = None  # why the last try to bring or replace it failed
+    num_requests: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class AdapterEntry:
+    """A name and what it stands for. `split`: the versions that requests get, and their shares."""
+
+    name: str
+    versions: dict[str, AdapterVersion]
+    split: dict[str, float]
+    is_pinned: bool = False
+    last_used: float = 0.0  # seconds since 1970; 0 is never
+    created: float = field(default_factory=time.time)
+
+    def choose(self, key: str) -> AdapterVersion:
+        """The version that a request gets; the same key gets the same one while the shares are the same."""
+        if len(self.split) == 1:
+            return self.versions[next(iter(self.split))]
+        drawn = hashlib.blake2b(f"{self.name}\n{key}".encode(), digest_size=8).digest()
+        place = int.from_bytes(drawn) / 2**64 * sum(self.split.values())
+        for version, share in self.split.items():
+            place -= share
+            if place < 0:
+                return self.versions[version]
+        return self.versions[version]
 
 
 class AdapterRegistry:
-    """Adapter ids and what they stand for; an id that is not known is refused, the base never takes its place."""
+    """Names and versions; an id that is not known is refused, the base never takes its place.
 
-    def __init__(self, config: AdapterConfig):
-        self._specs = {spec.adapter_id: spec for spec in config.sources}
-        self._sorted_ids = sorted(self._specs)
+    Only the event loop's thread may use a registry.
+    """
 
-    def resolve(self, adapter_id: str) -> AdapterSpec:
-        """The adapter of this id. Raises InvalidRequest for what cannot be an id, AdapterNotFound for others."""
+    def __init__(self, config: AdapterConfig, contents: AdapterContents):
+        self._contents = contents
+        self._entries: dict[str, AdapterEntry] = {}
+        self._sorted_names: list[str] = []
+        for spec in config.sources:
+            contents.start_with(spec)
+            self._enter(_new_entry(spec.adapter_id, AdapterVersion(FIRST_VERSION, None, spec)))
+
+    # What requests ask
+
+    def find(self, adapter_id: str) -> tuple[AdapterEntry, str | None] | None:
+        """The entry that an id names, and the version it asks for with `name@version`; None for an unknown name."""
+        entry = self._entries.get(adapter_id)
+        if entry is not None:
+            return entry, None
+        name, separator, version = adapter_id.rpartition("@")
+        entry = self._entries.get(name) if separator else None
+        return None if entry is None or version not in entry.versions else (entry, version)
+
+    def resolve(self, adapter_id: str) -> AdapterEntry:
+        """The entry of this id. Raises InvalidRequest for what cannot be an id, AdapterNotFound for others."""
         problem = adapter_id_problem(adapter_id)
         if problem is not None:
             raise InvalidRequest(f"`adapter_id` {problem}")
-        spec = self._specs.get(adapter_id)
-        if spec is None:
-            near = self._near_names(adapter_id)
-            hint = f"; near names: {', '.join(near)}" if near else ""
-            raise AdapterNotFound(f"adapter '{adapter_id}' is not known to this server{hint}")
-        return spec
+        found = self.find(adapter_id)
+        if found is None:
+            raise self.not_found(adapter_id)
+        return found[0]
 
-    def _near_names(self, adapter_id: str) -> Names:
+    def not_found(self, adapter_id: str, reason: str = "") -> AdapterNotFound:
+        """The refusal of an unknown id, with near names or the versions there are."""
+        name, _, version = adapter_id.rpartition("@")
+        entry = self._entries.get(name)
+        if entry is not None:
+            versions = ", ".join(list(entry.versions)[:MAX_NEAR_NAMES])
+            return AdapterNotFound(f"adapter '{name}' has no version '{version}' on this server; it has {versions}")
+        near = self._near_names(adapter_id)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        return AdapterNotFound(f"adapter '{adapter_id}' is not known to this server{reason}{hint}")
+
+    # What changes
+
+    def add(self, name: str, version: AdapterVersion) -> AdapterEntry:
+        """Make a name known; it must not be."""
+        if version.spec is not None:
+            self._contents.acquire(version.spec)
+        return self._enter(_new_entry(name, version))
+
+    def set_version(self, entry: AdapterEntry, new: AdapterVersion, *, activate: bool) -> None:
+        """Add a version to a name, or put it in the place of the one of the same name; all at once.
+
+        With `activate` every later request gets it. What was admitted before ends on the old weights.
+        """
+        old = entry.versions.get(new.version)
+        if new.spec is not None:
+            self._contents.acquire(new.spec)
+        entry.versions[new.version] = new
+        if activate:
+            entry.split = {new.version: 1.0}
+        if old is not None and old.spec is not None:
+            self._contents.release(old.spec)
+
+    def set_spec(self, version: AdapterVersion, spec: AdapterSpec) -> None:
+        """A version's files were brought and checked."""
+        self._contents.acquire(spec)
+        old, version.spec, version.error = version.spec, spec, None
+        if old is not None:
+            self._contents.release(old)
+
+    def remove_version(self, entry: AdapterEntry, version: str) -> None:
+        """Forget a version that no split names."""
+        removed = entry.versions.pop(version)
+        if removed.spec is not None:
+            self._contents.release(removed.spec)
+
+    def remove(self, name: str) -> None:
+        """Forget a name with all versions; what was admitted ends as it began."""
+        entry = self._entries.pop(name)
+        del self._sorted_names[bisect(self._sorted_names, name) - 1]
+        for version in entry.versions.values():
+            if version.spec is not None:
+                self._contents.release(version.spec)
+
+    # What the server shows
+
+    def entries(self) -> list[AdapterEntry]:
+        """All names, in the order they came."""
+        return [*self._entries.values()]
+
+    def _enter(self, entry: AdapterEntry) -> AdapterEntry:
+        self._entries[entry.name] = entry
+        insort(self._sorted_names, entry.name)
+        return entry
+
+    def _near_names(self, adapter_id: str) -> list[str]:
         # Of many names only those that begin alike are compared.
-        start = max(0, bisect(self._sorted_ids, adapter_id) - MAX_COMPARED_NAMES // 2)
-        candidates = self._sorted_ids[start : start + MAX_COMPARED_NAMES]
+        start = max(0, bisect(self._sorted_names, adapter_id) - MAX_COMPARED_NAMES // 2)
+        candidates = self._sorted_names[start : start + MAX_COMPARED_NAMES]
         return difflib.get_close_matches(adapter_id, candidates, n=MAX_NEAR_NAMES)
 
-    def list(self) -> Specs:
-        """All adapters, in the order they were given."""
-        return [*self._specs.values()]
+
+def _new_entry(name: str, version: AdapterVersion) -> AdapterEntry:
+    return AdapterEntry(name, {version.version: version}, {version.version: 1.0})

@@ -121,9 +121,46 @@ class ApiConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSourceConfig:
+    """Adapters that come while the server runs: where from, who may bring them, and what they may cost."""
+
+    dynamic_adapters: bool = setting(
+        False, "fetch an adapter that a request names from its source on first use; off, an unknown name is 404"
+    )
+    default_adapter_source: str = setting(
+        "hub",
+        "source of a dynamic adapter when the request names none",
+        flag="--adapter-source",
+        choices=("hub", "local", "s3", "pbase"),
+    )
+    adapter_root: tuple[str, ...] = setting(
+        (), "folder below which requests may name adapters (source local); none given means none; repeatable"
+    )
+    adapter_list: str | None = setting(
+        None, "file of adapters, one a line as in --lora-adapters, each found and checked on its first use"
+    )
+    adapter_cache: str | None = setting(None, "folder for downloaded and uploaded adapters; absent: the user's cache")
+    adapter_cache_mb: int = setting(65536, "disk space for downloaded and uploaded adapters, in MiB", minimum=1)
+    max_adapter_mb: int = setting(8192, "largest adapter that is downloaded or uploaded, in MiB", minimum=1)
+    adapter_fetch_timeout: int = setting(120, "seconds that fetching an adapter may take", minimum=1)
+    max_adapter_fetches: int = setting(4, "adapters fetched at a time; further ones wait", minimum=1)
+    share_hub_token: bool = setting(
+        False, "let every caller's dynamic adapters use the server's hub token; off, only the caller's own api_token"
+    )
+    admin_api_key: str | None = setting(None, "bearer key that may change adapters while the server runs")
+    allow_runtime_adapters: bool = setting(
+        False, "without an admin key: let every caller change adapters while the server runs"
+    )
+    hub_token: str | None = None
+    hub_endpoint: str | None = None
+    hub_offline: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """What the launcher hands to each process it starts, as JSON."""
 
     api: ApiConfig = field(default_factory=ApiConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    adapter_sources: AdapterSourceConfig = field(default_factory=AdapterSourceConfig)
     link_address: str = ""  # a private folder (mode 0700) for the link's sockets

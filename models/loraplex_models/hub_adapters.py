@@ -1,0 +1,232 @@
+"""An adapter on the hub: look it up with the caller's own token, then bring its files, resuming what was cut.
+
+The hub library's own downloads are not used for this. They fall back to their cache where the hub refuses access, so
+that one caller's private files would reach another; they do not go on where an earlier process stopped; and they cannot
+be ended while bytes still trickle in.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError as HubConnectionError  # type: ignore[attr-defined]  # of its HTTP client
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from loraplex_models.sources import (
+    ADAPTER_FILES,
+    ADAPTER_HINT_FILES,
+    SourceError,
+    SourceForbidden,
+    SourceNotFound,
+    SourceUnavailable,
+    hub_errors,
+    named_with_revision,
+)
+
+# For an answer's first byte, and between two pieces of a file.
+ANSWER_TIMEOUT_S = 10.0
+# Connections that broke without a further byte, after which a download is given up.
+MAX_VAIN_TRIES = 3
+HASH_CHUNK_BYTES = 2**20
+_is_sha256 = re.compile(r"[0-9a-f]{64}").fullmatch
+_HINT_FILE = "config.json"
+
+# Called with the bytes that have arrived; raises a SourceError to end the download.
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository at a commit; `sha256` is known for large files."""
+
+    name: str
+    num_bytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class HubAdapter:
+    """An adapter's files at one commit, as the hub shows them to whoever asked."""
+
+    repo: str
+    folder: str  # below the repository's root; "" is the root itself
+    commit: str
+    files: tuple[HubFile, ...]
+    is_public: bool  # whether everybody may read it
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.num_bytes for file in self.files)
+
+
+def look_up(
+    repo: str, folder: str, revision: str | None, *, token: str | None, endpoint: str | None, token_hint: str
+) -> HubAdapter:
+    """Ask the hub for an adapter, without a token first: what that shows is public.
+
+    A token is used only where nothing is shown without one, and then it must open the files themselves, whatever lies
+    in a cache. Raises SourceError.
+    """
+    what = named_with_revision(repo, revision)
+    try:
+        return _ask(repo, folder, revision, None, endpoint, what, token_hint)
+    except (SourceNotFound, SourceForbidden):
+        if token is None:
+            raise
+    return _ask(repo, folder, revision, token, endpoint, what, "the token that was sent has no access")
+
+
+def _ask(
+    repo: str, folder: str, revision: str | None, token: str | None, endpoint: str | None, what: str, hint: str
+) -> HubAdapter:
+    # `False` keeps the library from using the token of this machine's user.
+    access: Any = token or False
+    with hub_errors(what, hint=hint, endpoint=endpoint):
+        info = HfApi(endpoint=endpoint).model_info(repo, revision=revision, token=access, timeout=ANSWER_TIMEOUT_S)
+        names = {sibling.rfilename for sibling in info.siblings or ()}
+        commit = info.sha
+        if commit is None:
+            raise SourceUnavailable(f"the hub does not say which commit {what} is")
+        files: list[HubFile] = []
+        for name in _wanted(names, folder):
+            url = hf_hub_url(repo, name, revision=commit, endpoint=endpoint)
+            found = get_hf_file_metadata(url, token=access, timeout=ANSWER_TIMEOUT_S, endpoint=endpoint)
+            if found.size is None:
+                raise SourceUnavailable(f"the hub does not say how long '{name}' of {what} is")
+            etag = found.etag or ""
+            files.append(HubFile(name, found.size, etag if _is_sha256(etag) else None))
+    if folder and not files:
+        raise SourceNotFound(f"the hub has '{repo}' but no adapter in its folder '{folder}'")
+    return HubAdapter(repo, folder, commit, tuple(files), is_public=token is None)
+
+
+def _wanted(names: set[str], folder: str) -> list[str]:
+    """An adapter's files; where there is no config, what lets a reader tell what the repository is instead."""
+    prefix = f"{folder}/" if folder else ""
+    wanted = [prefix + name for name in ADAPTER_FILES if prefix + name in names]
+    if folder or ADAPTER_FILES[0] in names:
+        return wanted
+    below = sorted(name for name in names if name.count("/") == 1 and name.endswith(f"/{ADAPTER_FILES[0]}"))
+    assert ADAPTER_HINT_FILES[0] == _HINT_FILE
+    return [*([_HINT_FILE] if _HINT_FILE in names else []), *below[:2]]
+
+
+def download(
+    adapter: HubAdapter, target: Path, *, parts: Path, token: str | None, endpoint: str | None, on_bytes: OnBytes
+) -> None:
+    """Bring the files into the folder `target`, under their names below the adapter's folder.
+
+    What has arrived of a file is kept in `parts` when a download is cut, and the next one goes on from there. Raises
+    SourceError; OSError when the disk refuses.
+    """
+    what = named_with_revision(adapter.repo, adapter.commit)
+    access = None if adapter.is_public else token
+    num_before = 0
+    for file in adapter.files:
+        below = file.name.removeprefix(f"{adapter.folder}/") if adapter.folder else file.name
+        path = target / below
+        path.parent.mkdir(parents=True, exist_ok=True)
+        key = hashlib.sha256(f"{adapter.repo}\n{adapter.commit}\n{file.name}".encode()).hexdigest()
+        with _part(parts / key) as (part, handle):
+            _bring(adapter, file, handle, access, endpoint, what, on_bytes, num_before)
+            _check_content(file, part, what)
+            os.replace(part, path)
+        num_before += file.num_bytes
+
+
+@contextmanager
+def _part(path: Path) -> Iterator[tuple[Path, BufferedWriter]]:
+    """The file that collects what arrives, held by this process; one of its own while another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process: there are no stale locks
+        except BlockingIOError:
+            own = path.with_name(f"{path.name}.{os.getpid()}")
+            with own.open("wb") as own_handle:
+                try:
+                    yield own, own_handle
+                finally:
+                    own.unlink(missing_ok=True)
+            return
+        yield path, handle
+
+
+def _bring(
+    adapter: HubAdapter,
+    file: HubFile,
+    handle: BufferedWriter,
+    token: str | None,
+    endpoint: str | None,
+    what: str,
+    on_bytes: OnBytes,
+    num_before: int,
+) -> None:
+    url = hf_hub_url(adapter.repo, file.name, revision=adapter.commit, endpoint=endpoint)
+    headers = build_hf_headers(token=token or False) | {"Accept-Encoding": "identity"}
+    num_vain_tries = 0
+    if handle.tell() > file.num_bytes:
+        handle.truncate(0)
+    while (start := handle.seek(0, os.SEEK_END)) < file.num_bytes:
+        cause = "the connection was closed"
+        with hub_errors(what, hint="the access has ended", endpoint=endpoint):
+            try:
+                _stream(url, headers, handle, start, file.num_bytes, lambda done: on_bytes(num_before + done))
+            except HfHubHTTPError:
+                raise
+            except HubConnectionError as error:
+                cause = f"{type(error).__name__}: {error}"
+        handle.flush()
+        num_vain_tries = 0 if handle.tell() > start else num_vain_tries + 1
+        if num_vain_tries == MAX_VAIN_TRIES:
+            raise SourceUnavailable(
+                f"the download of '{file.name}' of {what} was cut at {start} of {file.num_bytes} bytes ({cause});"
+                " the next try goes on from there"
+            )
+
+
+def _stream(
+    url: str, headers: dict[str, str], handle: BufferedWriter, start: int, num_bytes: int, on_bytes: OnBytes
+) -> None:
+    if start:
+        headers = headers | {"Range": f"bytes={start}-"}
+    # The client drops the token where the hub sends it on to another host.
+    with get_session().stream(
+        "GET", url, headers=headers, timeout=ANSWER_TIMEOUT_S, follow_redirects=True
+    ) as response:
+        hf_raise_for_status(response)
+        if start and response.status_code != 206:
+            handle.truncate(0)  # it sends all of it again
+            start = 0
+        for piece in response.iter_raw():
+            # Never more than was announced, whoever sends it.
+            handle.write(piece[: num_bytes - start])
+            start += len(piece)
+            on_bytes(min(start, num_bytes))
+            if start >= num_bytes:
+                return
+
+
+def _check_content(file: HubFile, part: Path, what: str) -> None:
+    if file.sha256 is None:
+        return
+    hasher = hashlib.sha256()
+    with part.open("rb") as content:
+        while chunk := content.read(HASH_CHUNK_BYTES):
+            hasher.update(chunk)
+    if hasher.hexdigest() != file.sha256:
+        part.unlink()
+        raise SourceUnavailable(f"'{file.name}' of {what} arrived damaged and was thrown away; try again")
+
+
+__all__ = ["HubAdapter", "HubFile", "OnBytes", "SourceError", "download", "look_up"]

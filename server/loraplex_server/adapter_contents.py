@@ -1,0 +1,58 @@
+"""`AdapterContents`: which adapter contents somebody needs, and what the engine is told of that.
+
+The engine hears of a digest when the first name or request needs it, and is told to forget it when the last one has let
+go, so that a request which was admitted never loses its weights, whatever happens to its adapter's name.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from loraplex_server.messages import AdapterSpec, LoadAdapter, UnloadAdapter
+
+
+class AdapterContents:
+    """Counts the uses of each digest. `tell` hands messages to the engine, in order."""
+
+    def __init__(self, tell: Callable[[LoadAdapter | UnloadAdapter], None]):
+        self._tell = tell
+        self._num_uses: dict[str, int] = {}
+        self._specs: dict[str, AdapterSpec] = {}
+
+    def start_with(self, spec: AdapterSpec) -> None:
+        """Count a use of what the engine has from its own configuration."""
+        self._num_uses[spec.digest] = self._num_uses.get(spec.digest, 0) + 1
+        self._specs[spec.digest] = spec
+
+    def acquire(self, spec: AdapterSpec) -> None:
+        """Count one more use."""
+        uses = self._num_uses.get(spec.digest, 0)
+        self._num_uses[spec.digest] = uses + 1
+        if uses == 0:
+            self._specs[spec.digest] = spec
+            self._tell(LoadAdapter(spec=spec))
+
+    def release(self, spec: AdapterSpec) -> None:
+        """Count one use less."""
+        uses = self._num_uses[spec.digest] - 1
+        if uses:
+            self._num_uses[spec.digest] = uses
+            return
+        del self._num_uses[spec.digest], self._specs[spec.digest]
+        self._tell(UnloadAdapter(digest=spec.digest))
+
+    @contextmanager
+    def holding(self, spec: AdapterSpec) -> Iterator[None]:
+        """Count a use for as long as the block lasts."""
+        self.acquire(spec)
+        try:
+            yield
+        finally:
+            self.release(spec)
+
+    def num_uses(self, digest: str) -> int:
+        """How many names and requests need this content."""
+        return self._num_uses.get(digest, 0)
+
+    def specs(self) -> list[AdapterSpec]:
+        """Every content that the engine must know now: what a new engine is told first."""
+        return [*self._specs.values()]

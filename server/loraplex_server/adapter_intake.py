@@ -1,0 +1,234 @@
+"""`AdapterIntake`: brings an adapter's files to this machine and checks them, in the thread that asks."""
+
+import hmac
+import logging
+import os
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from loraplex_models.adapter_roots import folder_below
+from loraplex_models.adapters.finite import check_finite
+from loraplex_models.adapters.manifest import ManifestError, check_adapter
+from loraplex_models.config import ModelConfig, read_config
+from loraplex_models.hub_adapters import HubAdapter, download, look_up
+from loraplex_models.sources import (
+    SourceError,
+    SourceForbidden,
+    SourceFormatError,
+    SourceNotFound,
+    SourceUnavailable,
+)
+from loraplex_server.adapter_location import AdapterLocation
+from loraplex_server.adapter_store import AdapterStore, store_key
+from loraplex_server.config import ServeConfig
+from loraplex_server.errors import (
+    AdapterError,
+    AdapterForbidden,
+    AdapterNotFound,
+    AdapterRefused,
+    AdapterUnavailable,
+    InvalidRequest,
+    LoraplexError,
+)
+from loraplex_server.messages import AdapterSpec
+
+logger = logging.getLogger("loraplex.api")
+
+MIB = 2**20
+PROGRESS_INTERVAL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class BroughtAdapter:
+    """A checked adapter on this machine. `scope` names who may see it; None is everybody."""
+
+    spec: AdapterSpec
+    scope: str | None = None
+
+
+class AdapterIntake:
+    """Turns locations and folders into checked adapters. Its methods block and may be called from any thread."""
+
+    def __init__(self, config: ServeConfig, store: AdapterStore):
+        self._config = config.adapter_sources
+        self._store = store
+        self._model_path = config.engine.model_path
+        self._base_model_name = config.api.model_id
+        self._max_rank = config.engine.adapters.max_lora_rank
+        self._model: ModelConfig | None = None
+        self._lock = threading.Lock()
+        self._is_prepared = False
+        self._is_closed = False
+        # Tokens are told apart by a name that says nothing about them, and nothing in another process.
+        self._secret = secrets.token_bytes(32)
+
+    def close(self) -> None:
+        """End what is on its way."""
+        self._is_closed = True
+
+    def scope_of(self, token: str | None) -> str | None:
+        """A name for those who hold this token."""
+        return None if not token else hmac.digest(self._secret, token.encode(), "sha256").hex()[:16]
+
+    def bring(self, name: str, location: AdapterLocation, token: str | None, deadline: float) -> BroughtAdapter:
+        """Fetch what is not here and check it, until `deadline` (time.monotonic). Raises AdapterError."""
+        try:
+            match location.source:
+                case "hub":
+                    return self._from_hub(name, location, token, deadline)
+                case "local":
+                    return BroughtAdapter(self._from_folder(name, location, deadline))
+                case source:
+                    raise InvalidRequest(f"`adapter_source` {source} is not served: use hub or local")
+        except SourceError as error:
+            raise adapter_error(error, f"adapter '{name}': {error}") from None
+        except OSError as error:
+            raise self._disk_refused(name, error) from None
+
+    def check(self, name: str, folder: Path, source: str, revision: str | None, deadline: float) -> AdapterSpec:
+        """The spec of a folder's adapter. Raises AdapterRefused with the finding."""
+        try:
+            manifest = check_adapter(
+                folder, self._model_config(), max_rank=self._max_rank, base_model_name=self._base_model_name
+            )
+            check_finite(folder, lambda: self._keep_going(name, deadline))
+        except ManifestError as error:
+            raise AdapterRefused(f"adapter '{name}': {error}", error.error_type) from None
+        for warning in manifest.warnings:
+            logger.warning("adapter '%s': %s", name, warning)
+        return AdapterSpec(
+            adapter_id=name,
+            digest=manifest.digest,
+            path=str(folder),
+            rank=manifest.rank,
+            num_bytes=manifest.num_bytes,
+            source=source,
+            revision=revision,
+        )
+
+    # Sources
+
+    def _from_folder(self, name: str, location: AdapterLocation, deadline: float) -> AdapterSpec:
+        if location.by_operator:
+            folder = os.path.realpath(os.path.expanduser(location.place))
+            if not os.path.isdir(folder):
+                logger.warning("adapter '%s': there is no folder %s", name, folder)
+                raise SourceNotFound("its folder is gone")
+            return self.check(name, Path(folder), "local", None, deadline)
+        below = folder_below(self._config.adapter_root, location.place)
+        if below is None:
+            raise SourceNotFound("there is no such folder below the roots for adapters (--adapter-root)")
+        return self.check(name, Path(below), "local", None, deadline)
+
+    def _from_hub(self, name: str, location: AdapterLocation, token: str | None, deadline: float) -> BroughtAdapter:
+        if self._config.hub_offline:
+            raise SourceUnavailable("it is not here, and the network is switched off (HF_HUB_OFFLINE)")
+        shared = self._config.hub_token if location.by_operator or self._config.share_hub_token else None
+        parts = location.place.split("/")
+        found = look_up(
+            "/".join(parts[:2]),
+            "/".join(parts[2:]),
+            location.revision,
+            token=token or shared,
+            endpoint=self._config.hub_endpoint,
+            token_hint="send a token that has access as `api_token`",
+        )
+        self._check_size(name, found.num_bytes)
+        # What the server's own token opens is for everybody: the operator has said so.
+        scope = None if found.is_public or not token else self.scope_of(token)
+        key = store_key("hub", found.repo, found.folder, found.commit)
+        folder = self._stored(key, found, name, token or shared, deadline)
+        # In what the engine shows, a private adapter has no name.
+        shown_name = name if scope is None else f"private-{store_key(scope, key)[:12]}"
+        spec = self.check(name, folder, "hub", found.commit, deadline)
+        return BroughtAdapter(msgspec.structs.replace(spec, adapter_id=shown_name), scope)
+
+    def _stored(self, key: str, found: HubAdapter, name: str, token: str | None, deadline: float) -> Path:
+        self._prepare()
+        ready = self._store.find(key)
+        return ready or self._store.build(key, lambda staging: self._download(found, staging, name, token, deadline))
+
+    def _download(self, found: HubAdapter, staging: Path, name: str, token: str | None, deadline: float) -> None:
+        self._make_room(name, found.num_bytes)
+        logger.info("adapter '%s': downloading %d bytes at %s", name, found.num_bytes, found.commit)
+        next_report = time.monotonic() + PROGRESS_INTERVAL_S
+
+        def on_bytes(done: int) -> None:
+            nonlocal next_report
+            self._keep_going(name, deadline)
+            if time.monotonic() > next_report:
+                next_report = time.monotonic() + PROGRESS_INTERVAL_S
+                logger.info("adapter '%s': %d of %d bytes are here", name, done, found.num_bytes)
+
+        download(
+            found, staging, parts=self._store.parts, token=token, endpoint=self._config.hub_endpoint, on_bytes=on_bytes
+        )
+
+    # Limits
+
+    def _check_size(self, name: str, num_bytes: int) -> None:
+        if num_bytes > self._config.max_adapter_mb * MIB:
+            raise AdapterRefused(
+                f"adapter '{name}': its files have {num_bytes} bytes, at most {self._config.max_adapter_mb} MiB are"
+                " taken (--max-adapter-mb)",
+                "adapter_too_large",
+            )
+
+    def _make_room(self, name: str, num_bytes: int) -> None:
+        if not self._store.make_room(num_bytes, self._is_needed):
+            logger.error(
+                "adapter '%s': no room for %d bytes in %s: %d bytes are free on the disk, %d MiB allowed"
+                " (--adapter-cache-mb)",
+                *(name, num_bytes, self._config.adapter_cache, self._store.free_bytes(), self._config.adapter_cache_mb),
+            )
+            raise AdapterUnavailable(f"adapter '{name}': the server's disk space for adapters is used up")
+
+    def _is_needed(self, key: str) -> bool:
+        return False
+
+    def _prepare(self) -> None:
+        with self._lock:
+            if not self._is_prepared:
+                self._store.prepare()
+                self._is_prepared = True
+
+    def _model_config(self) -> ModelConfig:
+        with self._lock:
+            if self._model is None:
+                self._model = read_config(self._model_path)
+            return self._model
+
+    def _keep_going(self, name: str, deadline: float) -> None:
+        if self._is_closed:
+            raise AdapterUnavailable("the server is going down")
+        if time.monotonic() > deadline:
+            raise timed_out(name, self._config.adapter_fetch_timeout)
+
+    def _disk_refused(self, name: str, error: OSError) -> LoraplexError:
+        logger.error("adapter '%s': the disk refuses in %s: %s", name, self._config.adapter_cache, error)
+        return AdapterUnavailable(f"adapter '{name}': the server's disk refuses ({error.strerror or 'read or write'})")
+
+
+def timed_out(name: str, timeout_s: float) -> AdapterUnavailable:
+    """The refusal of what took too long."""
+    return AdapterUnavailable(
+        f"adapter '{name}' was not here within {timeout_s:g} s (--adapter-fetch-timeout); the next try goes on from there"
+    )
+
+
+def adapter_error(error: SourceError, message: str) -> AdapterError | InvalidRequest:
+    """A source's refusal as requests see it."""
+    match error:
+        case SourceForbidden():
+            return AdapterForbidden(message)
+        case SourceUnavailable():
+            return AdapterUnavailable(message)
+        case SourceFormatError():
+            return InvalidRequest(message)
+        case _:
+            return AdapterNotFound(message)
