@@ -1,7 +1,9 @@
 """A stand-in for the hub on loopback: repositories in memory, and the ways in which a hub can fail."""
 
+import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ class Repository:
     revisions: tuple[str, ...] = ("main",)
     gated: bool = False
     token: str | None = None  # needed to read it, when set
+    private: bool = False  # as the hub does, it is hidden from whoever has not that token
 
     @property
     def commit(self) -> str:
@@ -32,7 +35,8 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     endpoint: str = ""
     status: int | None = None  # answered to everything, when set
-    cut_downloads_at: int | None = None  # bytes of a file after which the connection is closed, when set
+    cut_downloads_at: int | None = None  # bytes of an answer after which the connection is closed, when set
+    piece_pause_s: float = 0.0  # between pieces of 1 kB
     requests: list[str] = field(default_factory=list)
 
     def downloaded(self) -> set[str]:
@@ -54,7 +58,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body)
+                step = 1024 if hub.piece_pause_s else len(body) or 1
+                for start in range(0, len(body), step):
+                    time.sleep(hub.piece_pause_s)
+                    self.wfile.write(body[start : start + step])
 
         def _answer_json(self, value: object) -> None:
             self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -67,6 +74,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
             if repository is None:
                 self._refuse(404, "RepoNotFound")
+            elif repository.private and token != repository.token:
+                # The hub says 401 to those without a token and 404 to those with one: there is no such repository.
+                self._refuse(404 if token else 401, "RepoNotFound")
+                return None
             elif repository.gated and token != repository.token:
                 self._refuse(401, "GatedRepo")
             elif repository.token is not None and token != repository.token:
@@ -87,7 +98,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             else:
                 self._answer(404)
 
-        do_GET = do_HEAD = _serve
+        def do_GET(self) -> None:
+            with contextlib.suppress(ConnectionError):  # whoever asked has left
+                self._serve()
+
+        do_HEAD = do_GET
 
         def _serve_api(self, path: str) -> None:
             name, kind, revision = path, "", "main"
@@ -106,9 +121,16 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     for file, content in repository.files.items()
                 ])  # fmt: skip
             else:
-                siblings = [{"rfilename": file} for file in repository.files]
-                self._answer_json({"id": name, "sha": repository.commit, "siblings": siblings, "private": False,
-                                   "gated": False, "tags": [], "downloads": 0, "likes": 0})  # fmt: skip
+                self._answer_json({
+                    "id": name,
+                    "sha": repository.commit,
+                    "siblings": [{"rfilename": file} for file in repository.files],
+                    "private": repository.private,
+                    "gated": False,
+                    "tags": [],
+                    "downloads": 0,
+                    "likes": 0,
+                })  # fmt: skip
 
         def _serve_file(self, name: str, place: str) -> None:
             repository = self._repository(name)

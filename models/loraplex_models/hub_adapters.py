@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import HTTPError as HubConnectionError  # type: ignore[attr-defined]  # of its HTTP client
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from loraplex_models.sources import (
     ADAPTER_FILES,
@@ -201,9 +201,7 @@ def _stream(
     if start:
         headers = headers | {"Range": f"bytes={start}-"}
     # The client drops the token where the hub sends it on to another host.
-    with get_session().stream(
-        "GET", url, headers=headers, timeout=ANSWER_TIMEOUT_S, follow_redirects=True
-    ) as response:
+    with get_session().stream("GET", url, headers=headers, timeout=ANSWER_TIMEOUT_S, follow_redirects=True) as response:
         hf_raise_for_status(response)
         if start and response.status_code != 206:
             handle.truncate(0)  # it sends all of it again

@@ -1,4 +1,4 @@
-"""`AdapterFetcher`: adapters brought in threads, each once however many ask, so many at a time, and not after refusals."""
+"""`AdapterFetcher`: brings adapters in threads, each once however many ask, and does not repeat what was refused."""
 
 import asyncio
 import time

@@ -6,6 +6,7 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from loraplex_models.sources import (
     SourceUnavailable,
 )
 from loraplex_server.adapter_location import AdapterLocation
+from loraplex_server.adapter_spec import adapter_spec
 from loraplex_server.adapter_store import AdapterStore, store_key
 from loraplex_server.config import ServeConfig
 from loraplex_server.errors import (
@@ -52,11 +54,15 @@ class BroughtAdapter:
 
 
 class AdapterIntake:
-    """Turns locations and folders into checked adapters. Its methods block and may be called from any thread."""
+    """Turns locations and folders into checked adapters. Its methods block and may be called from any thread.
 
-    def __init__(self, config: ServeConfig, store: AdapterStore):
+    `let_go` forgets the adapter whose files lie under a store's key, and says whether they may be deleted.
+    """
+
+    def __init__(self, config: ServeConfig, store: AdapterStore, let_go: Callable[[str], bool]):
         self._config = config.adapter_sources
         self._store = store
+        self._let_go = let_go
         self._model_path = config.engine.model_path
         self._base_model_name = config.api.model_id
         self._max_rank = config.engine.adapters.max_lora_rank
@@ -101,15 +107,7 @@ class AdapterIntake:
             raise AdapterRefused(f"adapter '{name}': {error}", error.error_type) from None
         for warning in manifest.warnings:
             logger.warning("adapter '%s': %s", name, warning)
-        return AdapterSpec(
-            adapter_id=name,
-            digest=manifest.digest,
-            path=str(folder),
-            rank=manifest.rank,
-            num_bytes=manifest.num_bytes,
-            source=source,
-            revision=revision,
-        )
+        return adapter_spec(name, str(folder), manifest, source=source, revision=revision)
 
     # Sources
 
@@ -180,16 +178,13 @@ class AdapterIntake:
             )
 
     def _make_room(self, name: str, num_bytes: int) -> None:
-        if not self._store.make_room(num_bytes, self._is_needed):
+        if not self._store.make_room(num_bytes, self._let_go):
             logger.error(
                 "adapter '%s': no room for %d bytes in %s: %d bytes are free on the disk, %d MiB allowed"
                 " (--adapter-cache-mb)",
                 *(name, num_bytes, self._config.adapter_cache, self._store.free_bytes(), self._config.adapter_cache_mb),
             )
             raise AdapterUnavailable(f"adapter '{name}': the server's disk space for adapters is used up")
-
-    def _is_needed(self, key: str) -> bool:
-        return False
 
     def _prepare(self) -> None:
         with self._lock:
@@ -217,7 +212,8 @@ class AdapterIntake:
 def timed_out(name: str, timeout_s: float) -> AdapterUnavailable:
     """The refusal of what took too long."""
     return AdapterUnavailable(
-        f"adapter '{name}' was not here within {timeout_s:g} s (--adapter-fetch-timeout); the next try goes on from there"
+        f"adapter '{name}' was not here within {timeout_s:g} s (--adapter-fetch-timeout);"
+        " the next try goes on from there"
     )
 
 

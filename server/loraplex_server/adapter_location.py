@@ -1,6 +1,6 @@
 """Where an adapter's files are to be had, and the reading of what a request calls an adapter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from loraplex_models.sources import HUB_ID, AdapterItem, adapter_id_problem
@@ -15,7 +15,7 @@ MIN_PREFIX_CHARACTERS = 5
 
 @dataclass(frozen=True, slots=True)
 class AdapterLocation:
-    """A source and an id there. `by_operator`: named at the start, so neither the roots nor the tokens bind it."""
+    """A source and an id there. `by_operator`: an operator named it, so neither the roots nor the tokens bind it."""
 
     source: Source
     place: str
@@ -46,6 +46,11 @@ def parse_location(source: Source, adapter_id: str) -> AdapterLocation:
             if len(adapter_id) < MIN_PREFIX_CHARACTERS:
                 raise InvalidRequest(f"`adapter_id` '{adapter_id}' is too short for prefix filtering")
             return AdapterLocation(source, adapter_id)
+
+
+def trusted(location: AdapterLocation) -> AdapterLocation:
+    """The same place at the hub, named by an operator, who may use the server's token. Folders stay below the roots."""
+    return replace(location, by_operator=True) if location.source == "hub" else location
 
 
 def from_item(item: AdapterItem) -> AdapterLocation:

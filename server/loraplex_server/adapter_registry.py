@@ -30,8 +30,15 @@ class AdapterVersion:
     version: str
     location: AdapterLocation | None  # None: the files were uploaded, or were checked at the start
     spec: AdapterSpec | None = None
-    error: str | None = None  # why the last try to bring or replace it failed
+    error: str | None = None  # why the last try to bring its files failed
     num_requests: int = 0
+
+    @property
+    def label(self) -> str:
+        """Where it comes from, in a word."""
+        if self.location is not None:
+            return str(self.location)
+        return self.spec.source if self.spec is not None else ""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +49,7 @@ class AdapterEntry:
     versions: dict[str, AdapterVersion]
     split: dict[str, float]
     is_pinned: bool = False
+    error: str | None = None  # why the last try to replace it failed
     last_used: float = 0.0  # seconds since 1970; 0 is never
     created: float = field(default_factory=time.time)
 
@@ -132,6 +140,17 @@ class AdapterRegistry:
         old, version.spec, version.error = version.spec, spec, None
         if old is not None:
             self._contents.release(old)
+
+    def lost(self, digest: str, error: str) -> None:
+        """The engine could not load a content: versions that can be brought again are, by the next request."""
+        for entry in self._entries.values():
+            for version in entry.versions.values():
+                if version.spec is None or version.spec.digest != digest:
+                    continue
+                version.error = error
+                if version.location is not None:
+                    self._contents.release(version.spec)
+                    version.spec = None
 
     def remove_version(self, entry: AdapterEntry, version: str) -> None:
         """Forget a version that no split names."""

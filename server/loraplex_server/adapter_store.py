@@ -111,10 +111,11 @@ class AdapterStore:
             return
         shutil.rmtree(gone, ignore_errors=True)
 
-    def make_room(self, num_bytes: int, is_needed: Callable[[str], bool]) -> bool:
+    def make_room(self, num_bytes: int, let_go: Callable[[str], bool]) -> bool:
         """Delete the longest unused folders until `num_bytes` more fit; False if those that are needed take it all.
 
-        Both the budget and the disk's free space count.
+        `let_go` says of a key whether it may go, and sees to it that nobody asks for it any more. Both the budget
+        and the disk's free space count.
         """
         with self._lock:
             stored = self.list()
@@ -122,7 +123,7 @@ class AdapterStore:
             for one in sorted(stored, key=lambda one: one.last_used):
                 if self._fits(used, num_bytes):
                     break
-                if not is_needed(one.key):
+                if let_go(one.key):
                     logger.info("adapter files %s removed from disk: %d bytes for others", one.key, one.num_bytes)
                     self.remove(one.key)
                     used -= one.num_bytes

@@ -9,6 +9,7 @@
     ├── BodyTimeout                 408 timeout: the body came too slowly
     ├── UnsupportedMediaType        415 unsupported_media_type
     ├── Unauthorized                401 unauthorized
+    ├── Forbidden                   403 forbidden: the caller may not change the server
     ├── AdapterError
     │   ├── AdapterNotFound         404 adapter_not_found
     │   ├── AdapterForbidden        403 adapter_forbidden: the source refuses
@@ -74,6 +75,12 @@ class Unauthorized(LoraplexError):
     """The API key is missing or wrong."""
 
     error_type = "unauthorized"
+
+
+class Forbidden(LoraplexError):
+    """The caller may use the server but not change it."""
+
+    error_type = "forbidden"
 
 
 class AdapterError(LoraplexError):

@@ -63,6 +63,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     adapter_id: str | None = None
     adapter_digest: str | None = None  # the version that was resolved at admission; null for the base
     tenant: str | None = None  # shares its turn with other requests of the same one; null: with those of its adapter
+    cache_salt: str | None = None  # keys and values are shared only with requests of the same salt
     priority: int = 0
     arrival_time: float = 0.0  # seconds, time.monotonic of this machine
 

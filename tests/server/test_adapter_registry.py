@@ -1,5 +1,6 @@
 import pytest
 
+from loraplex_server.adapter_contents import AdapterContents
 from loraplex_server.adapter_registry import AdapterRegistry
 from loraplex_server.config import AdapterConfig
 from loraplex_server.errors import AdapterNotFound, InvalidRequest
@@ -11,20 +12,23 @@ def registry(*names: str) -> AdapterRegistry:
         AdapterSpec(adapter_id=name, path=f"/adapters/{name}", digest=f"digest of {name}", rank=8, num_bytes=100)
         for name in names
     )
-    return AdapterRegistry(AdapterConfig(sources=sources))
+    return new_registry(*sources)
+
+
+def new_registry(*sources: AdapterSpec) -> AdapterRegistry:
+    return AdapterRegistry(AdapterConfig(sources=sources), AdapterContents(lambda message: None))
 
 
 def test_a_known_id_gives_all_that_was_said_at_start() -> None:
     source = AdapterSpec(
         adapter_id="org/a", path="/p", digest="d", rank=16, num_bytes=7, source="hub", revision="c0ffee"
     )
-    assert AdapterRegistry(AdapterConfig(sources=(source,))).resolve("org/a") == AdapterSpec(
-        adapter_id="org/a", path="/p", digest="d", rank=16, num_bytes=7, source="hub", revision="c0ffee"
-    )
+    entry = new_registry(source).resolve("org/a")
+    assert entry.choose("anybody").spec == source
 
 
 def test_the_list_has_the_order_of_the_start() -> None:
-    assert [spec.adapter_id for spec in registry("b", "a", "c").list()] == ["b", "a", "c"]
+    assert [entry.name for entry in registry("b", "a", "c").entries()] == ["b", "a", "c"]
 
 
 def test_an_unknown_id_is_not_found_with_near_names() -> None:
@@ -49,7 +53,7 @@ def test_near_names_are_told_also_among_very_many() -> None:
 
 
 def test_without_adapters_every_id_is_not_found() -> None:
-    assert registry().list() == []
+    assert registry().entries() == []
     with pytest.raises(AdapterNotFound):
         registry().resolve("pirate")
 

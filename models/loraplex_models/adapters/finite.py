@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from loraplex_models.adapters.manifest import WEIGHTS_FILE, ManifestError, open_adapter_file
 from loraplex_models.adapters.refusal import shown
@@ -13,15 +12,15 @@ from loraplex_models.adapters.tensor_header import read_tensor_header
 # Elements looked at in one piece: a piece and its mask stay in a core's cache.
 PIECE_BYTES = 2**18
 
-# Of each dtype: the unsigned integer of its size, and the bits that are all ones in NaN and infinity, nowhere else.
+# Of each dtype: an unsigned integer of its size, and the bits that are all ones in NaN and infinity, nowhere else.
 # (E4M3 has no infinity, and its only NaN has all bits but the sign.)
-_PATTERNS: dict[str, tuple[type[np.unsignedinteger[npt.NBitBase]], int]] = {
-    "F64": (np.uint64, 0x7FF0000000000000),
-    "F32": (np.uint32, 0x7F800000),
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
-    "F8_E4M3": (np.uint8, 0x7F),
-    "F8_E5M2": (np.uint8, 0x7C),
+_PATTERNS: dict[str, tuple[str, int]] = {
+    "F64": ("<u8", 0x7FF0000000000000),
+    "F32": ("<u4", 0x7F800000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F8_E4M3": ("<u1", 0x7F),
+    "F8_E5M2": ("<u1", 0x7C),
 }
 
 
@@ -45,7 +44,7 @@ def check_finite(folder: str | Path, keep_going: Callable[[], None] = lambda: No
                     raise ManifestError(f"{WEIGHTS_FILE} became shorter while it was read: load the adapter again")
                 left -= len(piece)
                 bits = np.frombuffer(piece, dtype=dtype)
-                if ((bits & dtype(mask)) == mask).any():
+                if ((bits & mask) == mask).any():
                     raise ManifestError(
                         f"tensor {shown(name)} has values that are not finite (NaN or infinity): the training went"
                         " wrong; save an earlier checkpoint"

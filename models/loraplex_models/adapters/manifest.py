@@ -149,7 +149,7 @@ def _check_tensors(tensors: dict[str, TensorEntry]) -> None:
 def _check_size(manifest_bytes: int, rank: int, max_rank: int, max_bytes: int | None) -> None:
     if rank > max_rank:
         raise ManifestError(
-            f"rank {rank} ({manifest_bytes:,} bytes); this server holds ranks up to {max_rank}:"
+            f"rank {rank} ({manifest_bytes:,} bytes) is greater than max_lora_rank {max_rank}:"
             f" start it with --max-lora-rank {rank}",
             "adapter_too_large",
         )

@@ -5,15 +5,15 @@ The order of the checks, their bounds and their messages are TGI's.
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
-from loraplex_server.adapter_registry import AdapterRegistry
+from loraplex_server.api.adapter_finder import AdapterFinder, FoundAdapter
 from loraplex_server.api.job import GenerationJob
 from loraplex_server.config import ApiConfig
 from loraplex_server.errors import InvalidRequest, Overloaded
-from loraplex_server.messages import AdapterSpec, EngineReady, SamplingParams
+from loraplex_server.messages import EngineReady, SamplingParams
 from loraplex_server.text.guides import Guide
 from loraplex_server.text.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ class AdmittedJob:
 
     prompt_token_ids: list[int]
     sampling: SamplingParams
-    adapter: AdapterSpec | None
+    adapter: FoundAdapter | None
     validation_s: float
 
 
@@ -47,7 +47,7 @@ class Admission:
         config: ApiConfig,
         limits: EngineReady,
         tokenizer: Tokenizer,
-        registry: AdapterRegistry,
+        finder: AdapterFinder,
         *,
         prefill_logprobs: bool,
         check_guide: GuideCheck | None = None,
@@ -55,7 +55,7 @@ class Admission:
         self._config = config
         self._limits = limits
         self._tokenizer = tokenizer
-        self._registry = registry
+        self._finder = finder
         self._prefill_logprobs = prefill_logprobs
         self._check_guide = check_guide
         self._num_permits_taken = 0
@@ -90,11 +90,25 @@ class Admission:
         finally:
             self._num_permits_taken -= number
 
-    async def admit(self, job: GenerationJob) -> AdmittedJob:
-        """Check everything else, find the adapter and tokenise the prompt."""
+    @asynccontextmanager
+    async def admitted(self, job: GenerationJob, number: int) -> AsyncIterator[AdmittedJob]:
+        """The job, checked, with its adapter kept for it and `number` permits, until the block ends.
+
+        An adapter that is not here is fetched first, which takes no permit.
+        """
+        if not job.adapter_id:
+            with self.permits(number):
+                yield await self.admit(job, None)
+            return
+        self._check_fields(job)  # nothing is fetched for a job that will be refused
+        async with self._finder.held(job.adapter_id, job.adapter_access) as adapter:
+            with self.permits(number):
+                yield await self.admit(job, adapter)
+
+    async def admit(self, job: GenerationJob, adapter: FoundAdapter | None) -> AdmittedJob:
+        """Check everything else and tokenise the prompt."""
         started = time.monotonic()
         self._check_fields(job)
-        adapter = self._registry.resolve(job.adapter_id) if job.adapter_id else None
         token_ids = await self._tokenise(job)
         max_new_tokens = self._grant(job, len(token_ids))
         grammar = None if job.guide is None else await self._grammar(job.guide)

@@ -9,6 +9,8 @@ from starlette.routing import Route
 from loraplex_server.api.http_errors import handle_http_exception, handle_loraplex_error
 from loraplex_server.api.middleware import ApiKeys, BodyLimit, RequestLog
 from loraplex_server.api.routes import (
+    adapters,
+    lora_adapter,
     models,
     openai_chat,
     openai_completions,
@@ -34,6 +36,15 @@ ROUTES = [
     Route("/v1/chat/completions", openai_chat.chat_completions, methods=["POST"]),
     Route("/v1/completions", openai_completions.completions, methods=["POST"]),
     Route("/v1/responses", responses.responses, methods=["POST"]),
+    Route("/v1/load_lora_adapter", lora_adapter.load, methods=["POST"]),
+    Route("/v1/unload_lora_adapter", lora_adapter.unload, methods=["POST"]),
+    Route("/load_lora_adapter", lora_adapter.load_as_sglang, methods=["POST"]),
+    Route("/unload_lora_adapter", lora_adapter.unload_as_sglang, methods=["POST"]),
+    Route("/adapters", adapters.list_adapters, methods=["GET"]),
+    Route("/adapters", adapters.register, methods=["POST"]),
+    Route("/adapters/{name:path}", adapters.get_adapter, methods=["GET"]),
+    Route("/adapters/{name:path}", adapters.change, methods=["PUT"]),
+    Route("/adapters/{name:path}", adapters.delete, methods=["DELETE"]),
     Route("/v1/models", models.list_models, methods=["GET"]),
     Route("/v1/models/{model_id:path}", models.get_model, methods=["GET"]),
     Route("/health", service.health, methods=["GET"]),
@@ -49,6 +60,8 @@ ROUTES = [
 def build_app(state: ApiState) -> Starlette:
     """The app of one API process."""
     config = state.config.api
+    admin_key = state.config.adapter_sources.admin_api_key
+    admin_keys = () if admin_key is None else (admin_key,)
     app = Starlette(
         routes=ROUTES,
         middleware=[
@@ -60,7 +73,7 @@ def build_app(state: ApiState) -> Starlette:
                 allow_headers=["content-type", "authorization", "x-request-id"],
                 expose_headers=["x-request-id"],
             ),
-            Middleware(ApiKeys, keys=config.api_key),
+            Middleware(ApiKeys, keys=config.api_key and (*config.api_key, *admin_keys)),
             Middleware(BodyLimit, limit=config.payload_limit),
         ],
         exception_handlers={

@@ -14,9 +14,11 @@ from loraplex_server.messages import (
     EngineStats,
     FromEngine,
     GenerateRequest,
+    LoadAdapter,
     StepOutput,
     ToEngine,
     TokenOutput,
+    UnloadAdapter,
 )
 
 logger = logging.getLogger("loraplex.api")
@@ -61,9 +63,12 @@ class EngineClient:
     `run` carries the messages; it ends when it is cancelled. Only the event loop's thread may use a client.
     """
 
-    def __init__(self, link: Link, on_stats: Callable[[EngineStats], None]):
+    def __init__(
+        self, link: Link, on_stats: Callable[[EngineStats], None], on_adapter: Callable[[AdapterStatus], None]
+    ):
         self._link = link
         self._on_stats = on_stats
+        self._on_adapter = on_adapter
         self._outbox: asyncio.Queue[ToEngine] = asyncio.Queue()
         self._replies: dict[str, _Reply] = {}
         self._lost: LoraplexError | None = None
@@ -78,6 +83,10 @@ class EngineClient:
     async def ready(self) -> EngineReady:
         """Wait until the engine can serve."""
         return await asyncio.shield(self._ready)
+
+    def tell(self, message: LoadAdapter | UnloadAdapter) -> None:
+        """Tell the engine something that has no answer; it learns of it before any request that is submitted later."""
+        self._outbox.put_nowait(message)
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[list[TokenOutput], None]:
         """Send a request and yield its outputs, all that wait at a time, up to the finish reason.
@@ -114,6 +123,11 @@ class EngineClient:
             reply.wake()
 
     @property
+    def has_sent_all(self) -> bool:
+        """Whether everything was handed to the link."""
+        return self._outbox.empty()
+
+    @property
     def num_in_flight(self) -> int:
         """Requests that the engine has not finished."""
         return len(self._replies)
@@ -133,8 +147,10 @@ class EngineClient:
                 case EngineReady() as ready:
                     if not self._ready.done():
                         self._ready.set_result(ready)
-                case AdapterStatus(error=str(error), adapter_id=adapter_id):
-                    logger.warning("adapter %r could not be loaded: %s", adapter_id, error)
+                case AdapterStatus() as status:
+                    if status.error is not None:
+                        logger.warning("adapter %r could not be loaded: %s", status.adapter_id, status.error)
+                    self._on_adapter(status)
 
     def _deliver(self, output: TokenOutput) -> None:
         reply = self._replies.get(output.request_id)

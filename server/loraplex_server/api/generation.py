@@ -34,9 +34,8 @@ class Generator:
         started = time.monotonic()
         with self._metrics.job() as measured:
             self.admission.check_shape(job)
-            with self.admission.permits(1):
-                admitted = await self.admission.admit(job)
-                measured.admitted(job.adapter_id, admitted.sampling.max_new_tokens)
+            async with self.admission.admitted(job, 1) as admitted:
+                measured.admitted(_label(admitted), admitted.sampling.max_new_tokens)
                 timings = Timings(validation_s=admitted.validation_s)
                 async with aclosing(self._sequence(job, admitted, request_id, timings, started)) as deltas:
                     async for delta in deltas:
@@ -52,9 +51,8 @@ class Generator:
         with self._metrics.job() as measured:
             self.admission.check_shape(job)
             number = job.best_of or 1
-            with self.admission.permits(number):
-                admitted = await self.admission.admit(job)
-                measured.admitted(job.adapter_id, admitted.sampling.max_new_tokens)
+            async with self.admission.admitted(job, number) as admitted:
+                measured.admitted(_label(admitted), admitted.sampling.max_new_tokens)
                 timings = [Timings(validation_s=admitted.validation_s) for _ in range(number)]
                 sequences = await self._all_of(
                     [self._whole_sequence(job, admitted, request_id, one, started) for one in timings]
@@ -94,7 +92,7 @@ class Generator:
     async def _sequence(
         self, job: GenerationJob, admitted: AdmittedJob, request_id: str, timings: Timings, started: float
     ) -> AsyncGenerator[TextDelta, None]:
-        sampling = admitted.sampling
+        sampling, adapter = admitted.sampling, admitted.adapter
         text = SequenceText(
             self.tokenizer, admitted.prompt_token_ids, job.stop, sampling.seed if sampling.do_sample else None
         )
@@ -104,8 +102,9 @@ class Generator:
             request_id=f"{request_id}#{next(self._numbers)}",
             prompt_token_ids=admitted.prompt_token_ids,
             sampling=sampling,
-            adapter_id=admitted.adapter.adapter_id if admitted.adapter else None,
-            adapter_digest=admitted.adapter.digest if admitted.adapter else None,
+            adapter_id=adapter.spec.adapter_id if adapter else None,
+            adapter_digest=adapter.spec.digest if adapter else None,
+            cache_salt=adapter.scope if adapter else None,
             arrival_time=submitted,
         )
         async with aclosing(self._client.submit(request)) as batches:
@@ -142,6 +141,11 @@ def _feed_all(
         if delta.completion is not None:
             return TextDelta(tokens=tokens, top_tokens=top_tokens, completion=delta.completion), None
     return TextDelta(tokens=tokens, top_tokens=top_tokens), None
+
+
+def _label(admitted: AdmittedJob) -> str | None:
+    """The name under which the job's adapter is counted; a private one has none of its own."""
+    return admitted.adapter.spec.adapter_id if admitted.adapter else None
 
 
 def _lengths(completion: Completion) -> tuple[int, int]:

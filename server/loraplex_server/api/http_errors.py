@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 STATUS_OF_TYPE = {
     "invalid_json": 400,
     "unauthorized": 401,
+    "forbidden": 403,
     "adapter_forbidden": 403,
     "not_found": 404,
     "adapter_not_found": 404,

@@ -12,6 +12,21 @@ StopReason = Literal["length", "eos_token", "stop_sequence"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterAccess:
+    """How a request's adapter is to be had: its source, the token for it, and what a split between versions sticks to.
+
+    Left out: the server's default source, no token, and a version drawn anew for every request.
+    """
+
+    source: str | None = None
+    token: str | None = field(default=None, repr=False)
+    split_key: str = ""
+
+
+NO_ACCESS = AdapterAccess()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationJob:
     """What a client asks for, in no dialect; None is what it left open. Checked by `Admission`."""
 
@@ -19,6 +34,7 @@ class GenerationJob:
     prompt_token_ids: tuple[int, ...] | None = None  # in place of `prompt`
     add_special_tokens: bool = True  # a chat template writes them itself
     adapter_id: str | None = None  # None is the base
+    adapter_access: AdapterAccess = NO_ACCESS
     stream: bool = False
     best_of: int | None = None
     max_new_tokens: int | None = None

@@ -1,5 +1,6 @@
 """Which model a request of the OpenAI routes means: the base or an adapter."""
 
+from loraplex_server.api.job import NO_ACCESS, AdapterAccess
 from loraplex_server.api.state import ApiState
 from loraplex_server.errors import AdapterNotFound, InvalidRequest
 
@@ -7,10 +8,13 @@ from loraplex_server.errors import AdapterNotFound, InvalidRequest
 PLACEHOLDERS = ("", "tgi", "dummy")
 
 
-def adapter_of(state: ApiState, model: str | None, adapter_id: str | None) -> str | None:
+def adapter_of(
+    state: ApiState, model: str | None, adapter_id: str | None, access: AdapterAccess = NO_ACCESS
+) -> str | None:
     """The adapter that `model` and `adapter_id` name together; None is the base.
 
-    Raises AdapterNotFound for a name that is neither: the base never answers in an adapter's place.
+    Raises AdapterNotFound for a name that is neither, and that could not be fetched: the base never answers in an
+    adapter's place.
     """
     named = _adapter_named(state, model)
     if named is None:
@@ -20,9 +24,10 @@ def adapter_of(state: ApiState, model: str | None, adapter_id: str | None) -> st
     if named is None:
         return None
     try:
-        return state.registry.resolve(named).adapter_id
+        state.adapters.check_name(named, access)
     except (AdapterNotFound, InvalidRequest) as error:
         raise AdapterNotFound(f"the model {named[:200]!r} does not exist: {error}") from None
+    return named
 
 
 def _adapter_named(state: ApiState, model: str | None) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from loraplex_server.adapter_registry import AdapterRegistry
+from loraplex_server.api.adapter_finder import build_finder
 from loraplex_server.api.admission import Admission
 from loraplex_server.api.app import build_app
 from loraplex_server.api.client import EngineClient
@@ -126,10 +126,12 @@ class _ApiProcess:
         self._port = int(listener.getsockname()[1])
         self._exit_code = ExitCode.DRAINED
         self._metrics = Metrics()
-        self._registry = AdapterRegistry(config.engine.adapters)
-        self._state = ApiState(config, self._registry, self._metrics)
         self._link = ApiLink(config.link_address)
-        self._client = EngineClient(self._link, self._metrics.observe_stats)
+        self._client = EngineClient(
+            self._link, self._metrics.observe_stats, lambda status: self._adapters.observe(status)
+        )
+        self._adapters = build_finder(config, self._client.tell)
+        self._state = ApiState(config, self._adapters, self._metrics)
         self._guides: GuideChecker | None = None
         self._server = _Server(
             uvicorn.Config(
@@ -167,6 +169,7 @@ class _ApiProcess:
             await asyncio.gather(starting, carrying, return_exceptions=True)
             if self._guides is not None:
                 await self._guides.close()
+            self._adapters.close()
             self._link.close()
         return self._exit_code
 
@@ -186,7 +189,7 @@ class _ApiProcess:
             api,
             limits,
             tokenizer,
-            self._registry,
+            self._adapters,
             prefill_logprobs=engine.enable_prefill_logprobs,
             check_guide=self._guides.check if self._guides is not None else None,
         )

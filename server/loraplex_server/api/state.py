@@ -3,7 +3,7 @@
 import asyncio
 from typing import Literal
 
-from loraplex_server.adapter_registry import AdapterRegistry
+from loraplex_server.api.adapter_finder import AdapterFinder
 from loraplex_server.api.generation import Generator
 from loraplex_server.config import ServeConfig
 from loraplex_server.errors import NotReady
@@ -29,9 +29,9 @@ class Serving:
 class ApiState:
     """The life of the API process: loading → ready → stopping or failed."""
 
-    def __init__(self, config: ServeConfig, registry: AdapterRegistry, metrics: Metrics):
+    def __init__(self, config: ServeConfig, adapters: AdapterFinder, metrics: Metrics):
         self.config = config
-        self.registry = registry
+        self.adapters = adapters
         self.metrics = metrics
         self.phase: Literal["loading", "ready", "stopping", "failed"] = "loading"
         self._serving: asyncio.Future[Serving] = asyncio.get_running_loop().create_future()

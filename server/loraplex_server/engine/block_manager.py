@@ -29,9 +29,10 @@ def hash_block(parent: bytes, token_ids: Tokens[int]) -> bytes:
     return blake2b(array("q", token_ids).tobytes(), key=parent, digest_size=16).digest()
 
 
-def root_hash(adapter_digest: str | None) -> bytes:
-    """The parent of a sequence's first block: its adapter's content, or the base."""
-    return blake2b((adapter_digest or "").encode(), digest_size=16).digest()
+def root_hash(adapter_digest: str | None, cache_salt: str | None = None) -> bytes:
+    """The parent of a sequence's first block: its adapter's content or the base, and who may share it."""
+    name = adapter_digest or ""
+    return blake2b((name if cache_salt is None else f"{name}\n{cache_salt}").encode(), digest_size=16).digest()
 
 
 class BlockManager:

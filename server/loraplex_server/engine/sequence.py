@@ -69,7 +69,7 @@ class Sequence:
         """The names of the first `num_blocks` full blocks; tokens are only ever appended, so they stay valid."""
         known = self.block_hashes
         for index in range(len(known), num_blocks):
-            parent = known[-1] if known else root_hash(self.request.adapter_digest)
+            parent = known[-1] if known else root_hash(self.request.adapter_digest, self.request.cache_salt)
             known.append(hash_block(parent, self.token_ids[index * block_size : (index + 1) * block_size]))
         return known[:num_blocks]
 

@@ -9,13 +9,13 @@ from typing import Any
 import httpx
 import uvicorn
 
-from loraplex_server.adapter_registry import AdapterRegistry
+from loraplex_server.api.adapter_finder import build_finder
 from loraplex_server.api.admission import Admission, GuideCheck
 from loraplex_server.api.app import build_app
 from loraplex_server.api.client import EngineClient
 from loraplex_server.api.generation import Generator
 from loraplex_server.api.state import ApiState, Serving
-from loraplex_server.config import AdapterConfig, ApiConfig, EngineConfig, ServeConfig
+from loraplex_server.config import AdapterConfig, AdapterSourceConfig, ApiConfig, EngineConfig, ServeConfig
 from loraplex_server.messages import (
     AbortRequest,
     AdapterSpec,
@@ -23,10 +23,12 @@ from loraplex_server.messages import (
     EngineStats,
     FromEngine,
     GenerateRequest,
+    LoadAdapter,
     StepOutput,
     ToEngine,
     TokenOutput,
     TopLogprob,
+    UnloadAdapter,
 )
 from loraplex_server.metrics import Metrics
 from loraplex_server.text.chat_template import ChatTemplate
@@ -120,6 +122,7 @@ class ScriptedEngine:
     cancel_at: int | None = None
     requests: list[GenerateRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    adapters: dict[str, AdapterSpec] = field(default_factory=dict)  # announced while it ran, by digest
 
     def __post_init__(self) -> None:
         self._outbox: asyncio.Queue[FromEngine] = asyncio.Queue()
@@ -134,6 +137,11 @@ class ScriptedEngine:
             case AbortRequest(request_id=request_id):
                 self.aborted.append(request_id)
                 self._running[request_id].cancel()
+            case LoadAdapter(spec=spec):
+                assert spec.digest not in self.adapters, "an adapter is announced twice"
+                self.adapters[spec.digest] = spec
+            case UnloadAdapter(digest=digest):
+                del self.adapters[digest]
 
     async def receive(self) -> FromEngine:
         """The API's end of the link: what the engine says."""
@@ -147,7 +155,11 @@ class ScriptedEngine:
         return sum(not task.done() for task in self._running.values())
 
     async def _generate(self, request: GenerateRequest) -> None:
-        token_ids = self.token_ids or [*self.texts[request.adapter_id].encode(), EOS]
+        text = self.texts.get(request.adapter_id)
+        if text is None:
+            # An adapter that came while the server ran answers with its digest, if it is known.
+            text = f"<{self.adapters[request.adapter_digest or ''].digest[:12]}>"
+        token_ids = self.token_ids or [*text.encode(), EOS]
         sampling = request.sampling
         for i, token_id in enumerate(token_ids[: sampling.max_new_tokens]):
             if self.gate is not None and i == self.gate_at:
@@ -214,10 +226,17 @@ class TestServer:
             body["parameters"] = parameters
         return await self.http.post(path, json=body)
 
+    async def settled(self) -> None:
+        """Wait until the engine has taken all that it was told."""
+        while not self.engine_client.has_sent_all:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
     async def until_idle(self) -> None:
         """Wait until the engine runs nothing and all permits are back."""
         while self.engine.num_running or self.engine_client.num_in_flight or self.admission.num_permits_taken:
             await asyncio.sleep(0.005)
+        await self.settled()
 
 
 @asynccontextmanager
@@ -231,26 +250,34 @@ async def api_server(
     chat_template: str | None = CHAT_TEMPLATE,
     adapters: tuple[str, ...] = ("pirate", "json"),
     check_guide: GuideCheck | None = None,
+    sources: AdapterSourceConfig | None = None,
+    model_path: str = "",
+    max_lora_rank: int = 512,
     **api_settings: Any,
 ) -> AsyncIterator[TestServer]:
     """The API over an engine; in memory, or with `live` behind a real socket."""
     engine = engine or ScriptedEngine()
-    sources = tuple(adapter_source(name) for name in adapters)
+    known = tuple(adapter_source(name) for name in adapters)
     config = ServeConfig(
         api=ApiConfig(**{"model_id": "tiny-base", **api_settings}),
-        engine=EngineConfig(adapters=AdapterConfig(sources=sources), enable_prefill_logprobs=prefill_logprobs),
+        engine=EngineConfig(
+            model_path=model_path,
+            adapters=AdapterConfig(sources=known, max_lora_rank=max_lora_rank),
+            enable_prefill_logprobs=prefill_logprobs,
+        ),
+        adapter_sources=sources or AdapterSourceConfig(),
     )
     metrics = Metrics()
-    registry = AdapterRegistry(config.engine.adapters)
-    state = ApiState(config, registry, metrics)
-    client = EngineClient(engine, metrics.observe_stats)
+    client = EngineClient(engine, metrics.observe_stats, lambda status: finder.observe(status))
+    finder = build_finder(config, client.tell)
+    state = ApiState(config, finder, metrics)
     carrying = asyncio.create_task(client.run())
     admission = None
     if is_ready:
         metrics.set_limits(limits)
         tokenizer: Any = ByteTokenizer()
         admission = Admission(
-            config.api, limits, tokenizer, registry, prefill_logprobs=prefill_logprobs, check_guide=check_guide
+            config.api, limits, tokenizer, finder, prefill_logprobs=prefill_logprobs, check_guide=check_guide
         )
         generator = Generator(admission, client, tokenizer, metrics)
         template = ChatTemplate(chat_template, {"eos_token": ";"}) if chat_template else None
@@ -261,6 +288,7 @@ async def api_server(
         httpx.AsyncClient(transport=transport, base_url=base_url, timeout=20) as http,
     ):
         yield TestServer(state, engine, client, http, admission, base_url)
+    finder.close()
     carrying.cancel()
     await asyncio.gather(carrying, return_exceptions=True)
 

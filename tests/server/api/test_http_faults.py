@@ -179,7 +179,7 @@ def test_errors_too_carry_the_request_id() -> None:
 
 def test_our_own_mistake_is_500_without_its_cause(caplog: pytest.LogCaptureFixture) -> None:
     async def test(server: TestServer) -> None:
-        server.state.registry = None  # type: ignore[assignment]
+        server.state.adapters = None  # type: ignore[assignment]
         answer = await server.generate("hi", adapter_id="pirate")
         assert_error(answer, 500, "internal")
         assert answer.headers["x-should-retry"] == "false"

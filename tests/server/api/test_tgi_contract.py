@@ -116,7 +116,8 @@ PARAMETER_ROWS: list[tuple[dict[str, Any], str | None]] = [
     ({"adapter_id": "x" * 513}, "`adapter_id` must have at most 512 characters. Given: 513"),
     ({"adapter_source": "local"}, ACCEPTED),
     ({"adapter_source": "Hub"}, ACCEPTED),
-    ({"adapter_source": "s3"}, "`adapter_source` must be local or hub. Given: s3"),
+    ({"adapter_source": "S3"}, ACCEPTED),
+    ({"adapter_source": "ftp"}, "`adapter_source` must be one of hub, local, s3, pbase. Given: ftp"),
     (
         {"merged_adapters": {"ids": ["a", "b"], "weights": [1, 1]}},
         "`merged_adapters` is not supported; name one adapter with `adapter_id`",

@@ -28,15 +28,14 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def models(state: ApiState) -> list[Model]:
-    """Everything that can be asked for."""
+    """Everything that can be asked for by everybody: the base, the names, and the public adapters fetched so far."""
     base = state.config.api.model_id
     length = state.limits.max_total_tokens if state.limits is not None else None
+    fetched = (one for one in state.adapters.dynamic() if one.found.scope is None)
+    names = [*(entry.name for entry in state.adapters.registry.entries()), *(str(one.location) for one in fetched)]
     return [
         Model(id=base, owned_by=base, root=base, max_model_len=length),
-        *(
-            Model(id=spec.adapter_id, owned_by=base, root=spec.adapter_id, parent=base, max_model_len=length)
-            for spec in state.registry.list()
-        ),
+        *(Model(id=name, owned_by=base, root=name, parent=base, max_model_len=length) for name in names),
     ]
 
 
@@ -49,12 +48,11 @@ async def get_model(request: Request) -> Response:
     """GET /v1/models/{id}; an id may contain slashes."""
     model_id = request.path_params["model_id"]
     state: ApiState = request.app.state.api
-    if model_id != state.config.api.model_id:
-        state.registry.resolve(model_id)  # refuses an unknown name and says which are near
     for model in models(state):
         if model.id == model_id:
             return _json(model)
-    raise AdapterNotFound(f"the model {model_id!r} does not exist")
+    state.adapters.registry.resolve(model_id)  # refuses what cannot be a name and says which are near
+    raise AdapterNotFound(f"the model {model_id!r} is a version: ask for its name")
 
 
 def _json(content: msgspec.Struct) -> Response:

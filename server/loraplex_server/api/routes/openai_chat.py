@@ -5,6 +5,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex_server.api.adapter_access import with_headers
 from loraplex_server.api.body import read_body
 from loraplex_server.api.choices import ChoiceReason, ChoiceText, complete_all, repeated
 from loraplex_server.api.disconnect import while_connected
@@ -50,8 +51,9 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
     state: ApiState = request.app.state.api
     serving = await state.serving()
     body.check(state.config.api.max_concurrent_requests)
-    adapter_id = adapter_of(state, body.model, body.adapter_id)
-    jobs = repeated(body.job(await chat_prompt(serving, body), adapter_id), body.num_choices)
+    adapter_id = adapter_of(state, body.model, body.adapter_id, body.adapter_access)
+    job = with_headers(request, body.job(await chat_prompt(serving, body), adapter_id))
+    jobs = repeated(job, body.num_choices)
     note_for_log(request, adapter_id)
     envelope = new_envelope(state, "chatcmpl", adapter_id)
     generator = serving.generator

@@ -7,6 +7,7 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex_server.api.adapter_access import with_headers
 from loraplex_server.api.body import read_body
 from loraplex_server.api.choices import ChoiceText, complete_all, repeated
 from loraplex_server.api.disconnect import while_connected
@@ -55,8 +56,12 @@ async def answer_completion(request: Request, body: CompletionBody) -> Response:
     body.check(api.max_concurrent_requests)
     prompts = body.prompts
     _check_number(len(prompts), body.num_choices, api.max_client_batch_size, api.max_concurrent_requests)
-    adapter_id = adapter_of(state, body.model, body.adapter_id)
-    jobs = [job for prompt in prompts for job in repeated(body.job(prompt, adapter_id), body.num_choices)]
+    adapter_id = adapter_of(state, body.model, body.adapter_id, body.adapter_access)
+    jobs = [
+        job
+        for prompt in prompts
+        for job in repeated(with_headers(request, body.job(prompt, adapter_id)), body.num_choices)
+    ]
     note_for_log(request, adapter_id)
     envelope = new_envelope(state, "cmpl", adapter_id)
     shown = _Shown(body, prompts, generator.tokenizer)

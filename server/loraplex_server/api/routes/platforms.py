@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex_server.api.adapter_access import with_headers
 from loraplex_server.api.body import read_body, read_one_of
 from loraplex_server.api.choices import complete_all
 from loraplex_server.api.disconnect import while_connected
@@ -87,7 +88,7 @@ async def vertex(request: Request) -> Response:
             f"`instances` must be from 1 to {api.max_client_batch_size} (--max-client-batch-size). "
             f"Given: {len(body.instances)}"
         )
-    jobs = [await _job(state, serving, instance) for instance in body.instances]
+    jobs = [with_headers(request, await _job(state, serving, instance)) for instance in body.instances]
     finished = await while_connected(request, complete_all(serving.generator, jobs, request.state.request_id))
     note_for_log(request, jobs[0].adapter_id, sum(job.best.completion.num_generated_tokens for job in finished))
     texts = [_text(instance, job) for instance, job in zip(body.instances, finished, strict=True)]
@@ -102,7 +103,7 @@ async def _job(state: ApiState, serving: Serving, instance: GenerateBody | ChatB
     if instance.stream or instance.num_choices != 1:
         raise InvalidRequest("`instances` can neither be streamed nor have several answers")
     instance.check(1)
-    adapter_id = adapter_of(state, instance.model, instance.adapter_id)
+    adapter_id = adapter_of(state, instance.model, instance.adapter_id, instance.adapter_access)
     return instance.job(await chat_prompt(serving, instance), adapter_id)
 
 

@@ -9,6 +9,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex_server.api.adapter_access import with_headers
 from loraplex_server.api.body import read_body
 from loraplex_server.api.disconnect import while_connected
 from loraplex_server.api.generation import Generator
@@ -56,7 +57,7 @@ async def answer_compat(request: Request, body: CompatGenerateBody) -> Response:
 async def _answer(request: Request, body: GenerateBody, *, full_text: bool, as_list: bool) -> Response:
     state: ApiState = request.app.state.api
     generator = (await state.serving()).generator
-    job = body.job(stream=False)
+    job = with_headers(request, body.job(stream=False))
     finished = await while_connected(request, generator.complete(job, request.state.request_id))
     content = answer(body, finished, full_text=full_text)
     _note_for_log(request, job, finished.best.completion.num_generated_tokens)
@@ -72,7 +73,7 @@ async def _stream(request: Request, body: GenerateBody, *, full_text: bool) -> R
     generator = (await state.serving()).generator
     prefix = body.inputs if full_text else ""
     try:
-        job = body.job(stream=True)
+        job = with_headers(request, body.job(stream=True))
     except LoraplexError as error:
         # Not yet a job: refused all the same as one, in the stream.
         return EventStream(_one_event(request, error), {"x-compute-characters": str(len(body.inputs))})
@@ -133,18 +134,10 @@ def _common_headers(state: ApiState, job: GenerationJob) -> dict[str, str]:
         "x-compute-characters": str(len(job.prompt)),
         "x-model-id": quote(state.config.api.model_id, safe="/:@ "),
     }
-    if job.adapter_id is not None and _is_known(state, job.adapter_id):
+    # A stream's headers go out before its checks; they must not name an adapter that will be refused.
+    if job.adapter_id is not None and state.adapters.is_here(job.adapter_id, job.adapter_access):
         headers["x-adapter-id"] = quote(job.adapter_id, safe="/:@ ")
     return headers
-
-
-def _is_known(state: ApiState, adapter_id: str) -> bool:
-    # A stream's headers go out before its checks; they must not name an adapter that will be refused.
-    try:
-        state.registry.resolve(adapter_id)
-    except LoraplexError:
-        return False
-    return True
 
 
 def _measured_headers(finished: FinishedJob) -> dict[str, str]:

@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex_server.api.body import read_body, read_one_of
+from loraplex_server.api.job import NO_ACCESS
 from loraplex_server.api.model_names import adapter_of
 from loraplex_server.api.routes.openai_chat import chat_prompt
 from loraplex_server.api.schemas.openai import ChatBody, DetokenizeBody, TokenizeBody, TokenizeChatBody
@@ -55,7 +56,7 @@ async def tokenize(request: Request) -> Response:
             answer = await _count(serving, prompt, bool(body.add_special_tokens), body.return_token_strs)
         case GenerateBody():
             if body.parameters is not None and body.parameters.adapter_id:
-                state.registry.resolve(body.parameters.adapter_id)
+                state.adapters.check_name(body.parameters.adapter_id, NO_ACCESS)
             return _json(await serving.generator.tokenizer.encode_with_offsets(body.inputs))
     return _json(answer)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from loraplex_server.api.job import GenerationJob
+from loraplex_server.api.job import AdapterAccess, GenerationJob
 from loraplex_server.api.schemas.structure import format_guide, older_vllm_guides, only_one, structured_guide
 from loraplex_server.api.schemas.tgi import Float32, Int32, UInt32
 from loraplex_server.errors import InvalidRequest
@@ -33,6 +33,9 @@ class _GenerationBody(_Body):
 
     model: str | None = Field(None, description="the base model, an adapter, or base:adapter", examples=["pirate"])
     adapter_id: str | None = Field(None, description="LoRA adapter to answer with, when `model` is the base")
+    adapter_source: str | None = Field(None, description="where an unknown adapter comes from: hub, local, s3 or pbase")
+    api_token: str | None = Field(None, description="token for the adapter's source")
+    user: Any = Field(None, description="a text; requests of the same one get the same version of a split adapter")
     max_tokens: UInt32 | None = Field(None, description="most tokens to generate", examples=[64])
     temperature: Float32 | None = Field(None, description=">= 0; 0 takes the most likely tokens; 1 when absent")
     top_p: Float32 | None = Field(None, description="> 0 and <= 1; draw among the most likely tokens of this mass")
@@ -75,6 +78,12 @@ class _GenerationBody(_Body):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
+    def adapter_access(self) -> AdapterAccess:
+        """How the adapter is to be had."""
+        user = self.user if isinstance(self.user, str) else ""
+        return AdapterAccess(source=self.adapter_source or None, token=self.api_token or None, split_key=user)
+
+    @property
     def num_choices(self) -> int:
         """How many answers a prompt gets."""
         return 1 if self.n is None else self.n
@@ -108,6 +117,7 @@ class _GenerationBody(_Body):
         return GenerationJob(
             prompt=prompt,
             adapter_id=adapter_id,
+            adapter_access=self.adapter_access,
             stream=bool(self.stream),
             max_new_tokens=max_new_tokens,
             do_sample=not is_greedy,

@@ -5,7 +5,16 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraplex_server.api.job import Completion, FinishedJob, FinishedSequence, GenerationJob, PromptToken, Token
+from loraplex_server.adapter_location import parse_source
+from loraplex_server.api.job import (
+    AdapterAccess,
+    Completion,
+    FinishedJob,
+    FinishedSequence,
+    GenerationJob,
+    PromptToken,
+    Token,
+)
 from loraplex_server.api.schemas.structure import format_guide, only_one
 from loraplex_server.errors import InvalidRequest
 
@@ -27,8 +36,8 @@ class GenerateParameters(_Body):
     """How to generate. Every field may be null, which is the same as leaving it out."""
 
     adapter_id: str | None = Field(None, description="LoRA adapter to answer with; null or empty for the base model")
-    adapter_source: str | None = Field(None, description="where the adapter comes from: local or hub")
-    api_token: str | None = Field(None, description="accepted and not used: adapters are known from the start")
+    adapter_source: str | None = Field(None, description="where an unknown adapter comes from: hub, local, s3 or pbase")
+    api_token: str | None = Field(None, description="token for the adapter's source")
     merged_adapters: dict[str, Any] | None = Field(None, description="not supported yet")
     best_of: UInt64 | None = Field(None, description="sequences to draw; the most likely one is the answer")
     temperature: Float32 | None = Field(None, description="> 0; flattens or sharpens the distribution", examples=[0.7])
@@ -72,6 +81,7 @@ class GenerateBody(_Body):
         return GenerationJob(
             prompt=self.inputs,
             adapter_id=asked.adapter_id or None,
+            adapter_access=AdapterAccess(source=asked.adapter_source or None, token=asked.api_token or None),
             stream=stream,
             best_of=asked.best_of,
             max_new_tokens=asked.max_new_tokens,
@@ -123,8 +133,8 @@ def _refuse_unsupported(asked: GenerateParameters) -> None:
         if asked.adapter_id:
             raise InvalidRequest("`adapter_id` and `merged_adapters` must not both be set")
         raise InvalidRequest("`merged_adapters` is not supported; name one adapter with `adapter_id`")
-    if asked.adapter_source is not None and asked.adapter_source.lower() not in ("local", "hub"):
-        raise InvalidRequest(f"`adapter_source` must be local or hub. Given: {asked.adapter_source[:40]}")
+    if asked.adapter_source:
+        parse_source(asked.adapter_source)
     if asked.return_k_alternatives:
         raise InvalidRequest("`return_k_alternatives` is not supported; use `top_n_tokens`")
 

@@ -26,9 +26,9 @@ SHAPES = {
 PREFIX = "base_model.model.model."
 
 
-def base_config(**overrides: Any) -> ModelConfig:
-    """The base model that the adapters here are for."""
-    raw = {
+def base_fields() -> dict[str, Any]:
+    """The config.json of the base model that the adapters here are for."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "num_hidden_layers": NUM_LAYERS,
         "hidden_size": HIDDEN,
@@ -37,7 +37,11 @@ def base_config(**overrides: Any) -> ModelConfig:
         "intermediate_size": INTERMEDIATE,
         "vocab_size": VOCABULARY,
     }
-    return parse_config(raw | overrides)
+
+
+def base_config(**overrides: Any) -> ModelConfig:
+    """The base model that the adapters here are for."""
+    return parse_config(base_fields() | overrides)
 
 
 def config_fields(**overrides: Any) -> dict[str, Any]:

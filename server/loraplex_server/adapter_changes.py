@@ -1,0 +1,152 @@
+"""`AdapterChanges`: what an operator does to adapters while the server runs, one change of a name at a time."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from loraplex_models.sources import adapter_id_problem
+from loraplex_server.adapter_fetcher import AdapterFetcher
+from loraplex_server.adapter_location import AdapterLocation
+from loraplex_server.adapter_registry import FIRST_VERSION, AdapterEntry, AdapterRegistry, AdapterVersion
+from loraplex_server.errors import InvalidRequest, LoraplexError
+from loraplex_server.messages import AdapterSpec
+
+MAX_SHARES = 16
+
+
+class NameTaken(InvalidRequest):
+    """The name has an adapter already, and it was not to be replaced."""
+
+
+class AdapterChanges:
+    """Registers, replaces, splits and forgets names. A change that fails leaves everything as it was.
+
+    Only the event loop's thread may use it.
+    """
+
+    def __init__(self, registry: AdapterRegistry, fetcher: AdapterFetcher, base_model_name: str):
+        self._registry = registry
+        self._fetcher = fetcher
+        self._base_model_name = base_model_name
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def register(
+        self,
+        name: str,
+        location: AdapterLocation,
+        token: str | None = None,
+        *,
+        version: str | None = None,
+        activate: bool = True,
+        brings: bool = True,
+        replaces: bool = True,
+    ) -> AdapterEntry:
+        """Make a name or a further version of it known; with `brings` its files are fetched and checked first.
+
+        Without a version's name the new one takes the place of those that get requests; its files are always checked.
+        Raises AdapterError, and InvalidRequest for what cannot be a name.
+        """
+        self.check_name(name, version)
+        async with self._alone(name):
+            if not replaces and self._registry.find(name) is not None:
+                raise NameTaken(f"adapter '{name}' has already been loaded")
+            spec = None
+            if brings or self._registry.find(name) is not None:
+                self._fetcher.forget_refusal(location)
+                spec = await self._bring(name, location, token)
+            return self._enter(name, AdapterVersion(version or "", location, spec), activate=activate)
+
+    async def enter_upload(self, name: str, spec: AdapterSpec, *, version: str | None, activate: bool) -> AdapterEntry:
+        """Make checked files known under a name, as a further version or in the place of the ones it has."""
+        async with self._alone(name):
+            return self._enter(name, AdapterVersion(version or "", None, spec), activate=activate)
+
+    async def unregister(self, name: str) -> None:
+        """Forget a name; what was admitted ends as it began. Raises AdapterNotFound."""
+        async with self._alone(name):
+            self.entry(name)
+            self._registry.remove(name)
+
+    async def remove_version(self, name: str, version: str) -> None:
+        """Forget a version that gets no requests. Raises AdapterNotFound, InvalidRequest."""
+        async with self._alone(name):
+            entry = self.entry(name)
+            if version not in entry.versions:
+                raise self._registry.not_found(f"{name}@{version}")
+            if version in entry.split:
+                raise InvalidRequest(
+                    f"version '{version}' of adapter '{name}' gets requests: send them to another one first"
+                )
+            self._registry.remove_version(entry, version)
+
+    async def split(self, name: str, shares: dict[str, float]) -> AdapterEntry:
+        """Send a name's requests to versions of it by shares. Raises AdapterNotFound, InvalidRequest."""
+        async with self._alone(name):
+            entry = self.entry(name)
+            if not 1 <= len(shares) <= MAX_SHARES:
+                raise InvalidRequest(f"`split` must have from 1 to {MAX_SHARES} versions. Given: {len(shares)}")
+            for version, share in shares.items():
+                if version not in entry.versions:
+                    raise self._registry.not_found(f"{name}@{version}")
+                if not 0 < share <= 1e6:
+                    raise InvalidRequest(f"`split` must have shares above 0. Given for '{version[:100]}': {share:g}")
+            entry.split = dict(shares)
+            return entry
+
+    def check_name(self, name: str, version: str | None = None) -> None:
+        """Refuse what cannot be the name of an adapter or of a version. Raises InvalidRequest."""
+        for field, text in (("name", name), ("version", version)):
+            problem = None if text is None else adapter_id_problem(text)
+            if text is not None and "@" in text:
+                problem = "must not contain '@'"
+            if problem is not None:
+                raise InvalidRequest(f"an adapter's {field} {problem}")
+        if version is not None and "/" in version:
+            raise InvalidRequest("an adapter's version must not contain '/'")
+        if name == self._base_model_name:
+            raise InvalidRequest(f"the name '{name}' conflicts with the served base model")
+
+    def _enter(self, name: str, new: AdapterVersion, *, activate: bool) -> AdapterEntry:
+        found = self._registry.find(name)
+        if found is None:
+            new.version = new.version or FIRST_VERSION
+            return self._registry.add(name, new)
+        entry = found[0]
+        entry.error = None
+        replaced = [version for version in entry.split if not new.version and activate]
+        new.version = new.version or _next_version(entry)
+        self._registry.set_version(entry, new, activate=activate)
+        for version in replaced:
+            self._registry.remove_version(entry, version)
+        return entry
+
+    async def _bring(self, name: str, location: AdapterLocation, token: str | None) -> AdapterSpec:
+        try:
+            brought = await self._fetcher.fetch(name, location, token)
+        except LoraplexError as error:
+            found = self._registry.find(name)
+            if found is not None:
+                # The list shows why the replacement failed; the old weights go on.
+                found[0].error = str(error)
+            raise
+        return msgspec.structs.replace(brought.spec, adapter_id=name)
+
+    def entry(self, name: str) -> AdapterEntry:
+        """What a name stands for. Raises AdapterNotFound."""
+        found = self._registry.find(name)
+        if found is None or found[1] is not None:
+            raise self._registry.not_found(name)
+        return found[0]
+
+    @asynccontextmanager
+    async def _alone(self, name: str) -> AsyncIterator[None]:
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            yield
+
+
+def _next_version(entry: AdapterEntry) -> str:
+    numbers = [int(version) for version in entry.versions if version.isascii() and version.isdecimal()]
+    return str(max(numbers, default=0) + 1)

@@ -1,0 +1,257 @@
+"""`AdapterFinder`: from what a request calls an adapter to a content that the engine knows, fetched if need be."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from loraplex_models.adapter_roots import folder_below
+from loraplex_models.sources import adapter_id_problem
+from loraplex_server.adapter_changes import AdapterChanges
+from loraplex_server.adapter_contents import AdapterContents
+from loraplex_server.adapter_fetcher import AdapterFetcher
+from loraplex_server.adapter_intake import MIB, AdapterIntake
+from loraplex_server.adapter_location import AdapterLocation, Source, parse_location, parse_source, trusted
+from loraplex_server.adapter_registry import AdapterEntry, AdapterRegistry, AdapterVersion
+from loraplex_server.adapter_store import AdapterStore
+from loraplex_server.api.job import AdapterAccess
+from loraplex_server.config import AdapterSourceConfig, ServeConfig
+from loraplex_server.errors import InvalidRequest, LoraplexError, Overloaded
+from loraplex_server.messages import AdapterSpec, AdapterStatus, LoadAdapter, UnloadAdapter
+
+# Adapters that were fetched for a request and are remembered; the longest unused one is forgotten for the next.
+MAX_DYNAMIC_ADAPTERS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAdapter:
+    """What a request is served with. `scope`: who may see it, and share keys and values with it; None is everybody."""
+
+    spec: AdapterSpec
+    scope: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class DynamicAdapter:
+    """An adapter that came because a request named it."""
+
+    name: str
+    location: AdapterLocation
+    found: FoundAdapter
+    num_requests: int = 0
+    last_used: float = 0.0
+
+
+class AdapterFinder:
+    """Names first, then what was fetched before, then the sources. Only the event loop's thread may use it.
+
+    What a caller's own token was needed for is kept under that token and is not there for others: they are answered as
+    if it did not exist, by the source itself.
+    """
+
+    def __init__(
+        self,
+        config: AdapterSourceConfig,
+        registry: AdapterRegistry,
+        contents: AdapterContents,
+        intake: AdapterIntake,
+        fetcher: AdapterFetcher,
+        *,
+        base_model_name: str,
+        max_waiting: int,
+    ):
+        self.registry = registry
+        self.contents = contents
+        self.changes = AdapterChanges(registry, fetcher, base_model_name)
+        self._fetcher = fetcher
+        self._config = config
+        self._intake = intake
+        self._max_waiting = max_waiting
+        self._num_waiting = 0
+        self._tiers: dict[str, str] = {}
+        self._dynamic: OrderedDict[tuple[AdapterLocation, str | None], DynamicAdapter] = OrderedDict()
+
+    def check_name(self, adapter_id: str, access: AdapterAccess) -> None:
+        """Refuse what is not known and could not be fetched either. Raises AdapterNotFound, InvalidRequest."""
+        if self.registry.find(adapter_id) is None:
+            self._location(adapter_id, access)
+
+    def is_here(self, adapter_id: str, access: AdapterAccess) -> bool:
+        """Whether a request for it would be served without fetching anything."""
+        try:
+            return self._here(adapter_id, access) is not None
+        except LoraplexError:
+            return False
+
+    @asynccontextmanager
+    async def held(self, adapter_id: str, access: AdapterAccess) -> AsyncIterator[FoundAdapter]:
+        """The adapter, known to the engine until the block ends. Raises AdapterError, InvalidRequest, Overloaded."""
+        found = self._here(adapter_id, access)
+        if found is None:
+            if self._num_waiting >= self._max_waiting:
+                raise Overloaded(f"{self._max_waiting} requests wait for adapters that are being fetched already")
+            self._num_waiting += 1
+            try:
+                found = await self._fetch(adapter_id, access)
+            finally:
+                self._num_waiting -= 1
+        with self.contents.holding(found.spec):
+            yield found
+
+    async def bring(self, entry: AdapterEntry, version: AdapterVersion) -> AdapterSpec:
+        """The spec of a registered version, fetched if it is not here. Raises AdapterError."""
+        assert version.location is not None, "a version without files has a place to fetch them from"
+        try:
+            brought = await self._fetcher.fetch(entry.name, version.location, None)
+        except LoraplexError as error:
+            version.error = str(error)
+            raise
+        if entry.versions.get(version.version) is not version:
+            raise self.registry.not_found(f"{entry.name}@{version.version}")
+        spec = msgspec.structs.replace(brought.spec, adapter_id=entry.name)
+        self.registry.set_spec(version, spec)
+        return spec
+
+    def location_of(self, text: str) -> AdapterLocation:
+        """What an operator means by a path or an id: a folder below the roots, or else a hub id."""
+        if "/" not in text or text.startswith(("/", ".", "~")) or folder_below(self._config.adapter_root, text):
+            return parse_location("local", text)
+        return trusted(parse_location("hub", text))
+
+    def pin(self, entry: AdapterEntry, is_pinned: bool) -> None:
+        """Keep an adapter's contents ready for the model, or no longer."""
+        entry.is_pinned = is_pinned
+
+    def observe(self, status: AdapterStatus) -> None:
+        """Take in what the engine says of a content: where it is now, or why it could not be loaded."""
+        if status.tier == "gone" or not self.contents.num_uses(status.digest):
+            self._tiers.pop(status.digest, None)
+        else:
+            self._tiers[status.digest] = status.tier
+        if status.error is not None:
+            # Its files are not what was checked: the next request looks again.
+            for key in [key for key, one in self._dynamic.items() if one.found.spec.digest == status.digest]:
+                self._drop(key)
+            self.registry.lost(status.digest, status.error)
+
+    def tier_of(self, digest: str) -> str:
+        """Where a content is now: disk, host or device."""
+        return self._tiers.get(digest, "disk")
+
+    def dynamic(self) -> list[DynamicAdapter]:
+        """What was fetched for requests, the longest unused first."""
+        return [*self._dynamic.values()]
+
+    def forget_dynamic(self, adapter_id: str) -> bool:
+        """Forget what was fetched under this id, for everybody; whether there was anything."""
+        keys = [key for key, one in self._dynamic.items() if adapter_id in (one.name, str(one.location))]
+        for key in keys:
+            self._drop(key)
+        return bool(keys)
+
+    def let_go(self, store_key: str) -> bool:
+        """Forget the fetched adapter whose files lie under this key, unless somebody needs it; whether they may go."""
+        for key, one in self._dynamic.items():
+            if one.found.spec.path.endswith(store_key) and self.contents.num_uses(one.found.spec.digest) == 1:
+                self._drop(key)
+                break
+        return not any(spec.path.endswith(store_key) for spec in self.contents.specs())
+
+    def close(self) -> None:
+        """End what is on its way."""
+        self._fetcher.close()
+
+    def _here(self, adapter_id: str, access: AdapterAccess) -> FoundAdapter | None:
+        """What is known already, or None when it could be fetched. Raises when it could not."""
+        named = self.registry.find(adapter_id)
+        if named is not None:
+            entry, version_name = named
+            version = entry.choose(access.split_key) if version_name is None else entry.versions[version_name]
+            if version.spec is None:
+                return None
+            entry.last_used = time.time()
+            version.num_requests += 1
+            return FoundAdapter(version.spec)
+        location = self._location(adapter_id, access)
+        for scope in {None, self._intake.scope_of(access.token)}:
+            one = self._dynamic.get((location, scope))
+            if one is not None:
+                self._dynamic.move_to_end((location, scope))
+                one.num_requests += 1
+                one.last_used = time.time()
+                return one.found
+        return None
+
+    def _location(self, adapter_id: str, access: AdapterAccess) -> AdapterLocation:
+        if not self._config.dynamic_adapters:
+            problem = adapter_id_problem(adapter_id)
+            if problem is not None:
+                raise InvalidRequest(f"`adapter_id` {problem}")
+            raise self.registry.not_found(adapter_id)
+        source = self._source(adapter_id, access)
+        name, _, version = adapter_id.rpartition("@")
+        if source != "hub" and version and self.registry.find(name) is not None:
+            raise self.registry.not_found(adapter_id)
+        return parse_location(source, adapter_id)
+
+    def _source(self, adapter_id: str, access: AdapterAccess) -> Source:
+        if access.source:
+            return parse_source(access.source)
+        if self._config.adapter_root and "/" not in adapter_id:
+            return "local"  # no hub id, but it may be a folder
+        return parse_source(self._config.default_adapter_source)
+
+    async def _fetch(self, adapter_id: str, access: AdapterAccess) -> FoundAdapter:
+        named = self.registry.find(adapter_id)
+        if named is not None:
+            entry, version_name = named
+            version = entry.choose(access.split_key) if version_name is None else entry.versions[version_name]
+            spec = await self.bring(entry, version)
+            entry.last_used = time.time()
+            version.num_requests += 1
+            return FoundAdapter(spec)
+        location = self._location(adapter_id, access)
+        brought = await self._fetcher.fetch(adapter_id, location, access.token)
+        key = (location, brought.scope)
+        one = self._dynamic.get(key)
+        if one is None:
+            one = self._dynamic[key] = DynamicAdapter(adapter_id, location, FoundAdapter(brought.spec, brought.scope))
+            self.contents.acquire(brought.spec)
+            while len(self._dynamic) > MAX_DYNAMIC_ADAPTERS:
+                self._drop(next(iter(self._dynamic)))
+        one.num_requests += 1
+        one.last_used = time.time()
+        return one.found
+
+    def _drop(self, key: tuple[AdapterLocation, str | None]) -> None:
+        self.contents.release(self._dynamic.pop(key).found.spec)
+
+
+def build_finder(config: ServeConfig, tell: Callable[[LoadAdapter | UnloadAdapter], None]) -> AdapterFinder:
+    """The finder of one server, with all it stands on; for a running event loop."""
+    sources = config.adapter_sources
+    contents = AdapterContents(tell)
+    registry = AdapterRegistry(config.engine.adapters, contents)
+    store = AdapterStore(Path(sources.adapter_cache), sources.adapter_cache_mb * MIB)
+    loop = asyncio.get_running_loop()
+
+    async def let_go(key: str) -> bool:
+        return finder.let_go(key)
+
+    intake = AdapterIntake(config, store, lambda key: asyncio.run_coroutine_threadsafe(let_go(key), loop).result())
+    fetcher = AdapterFetcher(intake, max_fetches=sources.max_adapter_fetches, timeout_s=sources.adapter_fetch_timeout)
+    finder = AdapterFinder(
+        sources,
+        registry,
+        contents,
+        intake,
+        fetcher,
+        base_model_name=config.api.model_id,
+        max_waiting=config.api.max_concurrent_requests,
+    )
+    return finder

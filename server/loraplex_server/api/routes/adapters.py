@@ -1,0 +1,156 @@
+"""GET, POST, PUT and DELETE of /adapters and /adapters/{name}: what is served, and changes of it."""
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from loraplex_server.adapter_location import AdapterLocation, parse_location, parse_source, trusted
+from loraplex_server.adapter_registry import AdapterEntry, AdapterVersion
+from loraplex_server.api.adapter_finder import AdapterFinder, DynamicAdapter
+from loraplex_server.api.admin import is_admin, require_admin
+from loraplex_server.api.body import read_body
+from loraplex_server.api.schemas.adapters import AdapterInfo, AdapterList, ChangeBody, RegisterBody, VersionInfo
+from loraplex_server.api.state import ApiState
+from loraplex_server.errors import InvalidRequest
+
+
+async def list_adapters(request: Request) -> Response:
+    """Every name, then what came because requests named it; private ones are shown to operators only."""
+    finder = _finder(request)
+    sees_all = is_admin(request)
+    dynamic = [one for one in finder.dynamic() if sees_all or one.found.scope is None]
+    return _json(
+        AdapterList(
+            adapters=[
+                *(_named(finder, entry) for entry in finder.registry.entries()),
+                *(_fetched(finder, one) for one in dynamic),
+            ]
+        )
+    )
+
+
+async def get_adapter(request: Request) -> Response:
+    """One adapter by its name."""
+    finder, name = _finder(request), request.path_params["name"]
+    found = finder.registry.find(name)
+    if found is not None:
+        return _json(_named(finder, found[0]))
+    sees_all = is_admin(request)
+    for one in finder.dynamic():
+        if name in (one.name, str(one.location)) and (sees_all or one.found.scope is None):
+            return _json(_fetched(finder, one))
+    finder.registry.resolve(name)  # refuses what cannot be a name
+    raise finder.registry.not_found(name)
+
+
+async def register(request: Request) -> Response:
+    """POST /adapters: a name, and where its files are to be had."""
+    require_admin(request)
+    body = await read_body(request, RegisterBody)
+    return await _register(request, body)
+
+
+async def change(request: Request) -> Response:
+    """PUT /adapters/{name}: what requests for the name get."""
+    require_admin(request)
+    finder, name = _finder(request), request.path_params["name"]
+    body = await read_body(request, ChangeBody)
+    entry = finder.changes.entry(name)
+    if body.split is not None and body.active is not None:
+        raise InvalidRequest("`split` and `active` must not both be set")
+    if body.split is not None:
+        entry = await finder.changes.split(name, body.split)
+    if body.active is not None:
+        entry = await finder.changes.split(name, {body.active: 1.0})
+    if body.pinned is not None:
+        finder.pin(entry, body.pinned)
+    return _json(_named(finder, entry))
+
+
+async def delete(request: Request) -> Response:
+    """DELETE /adapters/{name} or /adapters/{name}@{version}: what was admitted ends as it began."""
+    require_admin(request)
+    finder, name = _finder(request), request.path_params["name"]
+    found = finder.registry.find(name)
+    if found is not None and found[1] is not None:
+        await finder.changes.remove_version(found[0].name, found[1])
+    elif found is not None or not finder.forget_dynamic(name):
+        await finder.changes.unregister(name)
+    return Response(status_code=204)
+
+
+async def _register(request: Request, body: RegisterBody) -> Response:
+    finder = _finder(request)
+    await request.app.state.api.serving()
+    location = _location(finder, body)
+    if body.preload is False and body.api_token:
+        raise InvalidRequest("`api_token` is not kept: leave `preload` out, so that the files are brought now")
+    entry = await finder.changes.register(
+        body.name,
+        location,
+        body.api_token,
+        version=body.version,
+        activate=body.activate is not False,
+        brings=body.preload is not False,
+    )
+    if body.pin is not None:
+        finder.pin(entry, body.pin)
+    return _json(_named(finder, entry))
+
+
+def _location(finder: AdapterFinder, body: RegisterBody) -> AdapterLocation:
+    text = f"{body.id}@{body.revision}" if body.revision else body.id
+    return finder.location_of(text) if body.source is None else trusted(parse_location(parse_source(body.source), text))
+
+
+def _finder(request: Request) -> AdapterFinder:
+    state: ApiState = request.app.state.api
+    return state.adapters
+
+
+def _named(finder: AdapterFinder, entry: AdapterEntry) -> AdapterInfo:
+    total = sum(entry.split.values())
+    return AdapterInfo(
+        name=entry.name,
+        pinned=entry.is_pinned,
+        dynamic=False,
+        last_used=entry.last_used or None,
+        error=entry.error,
+        versions=[
+            _version(finder, version, entry.split.get(version.version, 0.0) / total)
+            for version in entry.versions.values()
+        ],
+    )
+
+
+def _fetched(finder: AdapterFinder, one: DynamicAdapter) -> AdapterInfo:
+    version = AdapterVersion("1", one.location, one.found.spec, num_requests=one.num_requests)
+    return AdapterInfo(
+        name=str(one.location),
+        pinned=False,
+        dynamic=True,
+        last_used=one.last_used or None,
+        error=None,
+        versions=[_version(finder, version, 1.0)],
+    )
+
+
+def _version(finder: AdapterFinder, version: AdapterVersion, share: float) -> VersionInfo:
+    spec, location = version.spec, version.location
+    return VersionInfo(
+        version=version.version,
+        share=share,
+        source=spec.source if spec is not None else location.source if location is not None else "",
+        id=version.label,
+        revision=spec.revision if spec is not None else None,
+        digest=spec.digest if spec is not None else None,
+        rank=spec.rank if spec is not None else None,
+        num_bytes=spec.num_bytes if spec is not None else None,
+        tier=finder.tier_of(spec.digest) if spec is not None else None,
+        num_requests=version.num_requests,
+        error=version.error,
+    )
+
+
+def _json(content: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")
