@@ -11,6 +11,14 @@ from loraplex_server.api.http_errors import STATUS_OF_TYPE, ErrorBody, OpenAIErr
 from loraplex_server.api.routes.models import Model, ModelList
 from loraplex_server.api.routes.platforms import Predictions, VertexBody
 from loraplex_server.api.routes.tokenize import ChatTokens, DetokenizedText, TokenCount
+from loraplex_server.api.schemas.adapters import (
+    AdapterInfo,
+    AdapterList,
+    ChangeBody,
+    LoadLoraBody,
+    RegisterBody,
+    UnloadLoraBody,
+)
 from loraplex_server.api.schemas.openai import ChatBody, CompletionBody, DetokenizeBody
 from loraplex_server.api.schemas.openai_answers import ChatAnswer, ChatChunk, CompletionAnswer
 from loraplex_server.api.schemas.tgi import CompatGenerateBody, GenerateAnswer, GenerateBody, StreamEvent
@@ -134,6 +142,7 @@ def openapi_document() -> dict[str, Any]:
                 "get": _get("One model or adapter", _ref("Model"), also=(404,))
                 | {"parameters": [{"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}]}
             },
+            **_adapter_paths(),
             "/health": {"get": _get("Whether requests can be served", None, also=(503,))},
             "/ping": {"get": _get("The same as /health", None, also=(503,))},
             "/info": {"get": _get("The model and the limits", {"type": "object"}, also=(503,))},
@@ -146,6 +155,45 @@ def openapi_document() -> dict[str, Any]:
     }
 
 
+def _adapter_paths() -> dict[str, Any]:
+    """The routes that show and change adapters; changes need the right to them (403)."""
+    by_name = {"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
+    info, text, outcome = (
+        {"application/json": _ref("AdapterInfo")},
+        {"text/plain": {"type": "string"}},
+        {"application/json": {"type": "object"}},
+    )
+    load = {"lora_name": "legal", "lora_path": "my-org/legal"}
+    unload = {"lora_name": "legal"}
+    register = {"name": "legal", "id": "my-org/legal"}
+    return {
+        "/v1/load_lora_adapter": {"post": _change("vLLM: serve an adapter", "LoadLoraBody", text, load)},
+        "/v1/unload_lora_adapter": {"post": _change("vLLM: forget an adapter", "UnloadLoraBody", text, unload)},
+        "/load_lora_adapter": {"post": _change("SGLang: serve an adapter", "LoadLoraBody", outcome, load)},
+        "/unload_lora_adapter": {"post": _change("SGLang: forget an adapter", "UnloadLoraBody", outcome, unload)},
+        "/adapters": {
+            "get": _get("Every adapter, its versions and where they are", _ref("AdapterList")),
+            "post": _change("Serve an adapter under a name, by its source", "RegisterBody", info, register),
+        },
+        "/adapters/{name}": {
+            "get": _get("One adapter", _ref("AdapterInfo"), also=(404,)) | by_name,
+            "put": _change("Split, activate or pin versions", "ChangeBody", info, {"active": "2"}) | by_name,
+            "delete": {
+                "summary": "Forget an adapter, or with name@version one version of it",
+                "responses": {"204": {"description": "forgotten"}, **_errors((401, 403, 404, 422), "ErrorBody")},
+                "security": [{"key": []}],
+            }
+            | by_name,
+        },
+    }
+
+
+def _change(summary: str, body: str, answers: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+    operation = _post(summary, body, answers, example=example)
+    operation["responses"] |= _errors((403,), "ErrorBody")
+    return operation
+
+
 def _component_schemas() -> dict[str, Any]:
     schemas: tuple[type[BaseModel], ...] = (
         GenerateBody,
@@ -154,12 +202,17 @@ def _component_schemas() -> dict[str, Any]:
         CompletionBody,
         DetokenizeBody,
         VertexBody,
+        LoadLoraBody,
+        UnloadLoraBody,
+        RegisterBody,
+        ChangeBody,
     )
     _, bodies = models_json_schema(
         [(schema, "validation") for schema in schemas], ref_template=_REF.format(name="{model}")
     )
     answers = [
         *(GenerateAnswer, StreamEvent, ModelList, Model, ErrorBody, OpenAIErrorBody, list[TokenSpan]),
+        *(AdapterInfo, AdapterList),
         *(ChatAnswer, ChatChunk, CompletionAnswer, TokenCount, DetokenizedText, ChatTokens, Predictions),
     ]
     _, structs = msgspec.json.schema_components(answers, ref_template=_REF)

@@ -86,7 +86,9 @@ def test_the_openapi_document_names_every_route_and_resolves_its_references() ->
         document = (await server.http.get("/openapi.json")).json()
         assert (await server.http.get("/api-doc/openapi.json")).json() == document
         served = {route.path for route in server.http._transport.app.routes}
-        documented = {path.replace("{model_id}", "{model_id:path}") for path in document["paths"]}
+        documented = {
+            path.replace("{model_id}", "{model_id:path}").replace("{name}", "{name:path}") for path in document["paths"]
+        }
         assert served - documented == {"/docs", "/openapi.json", "/api-doc/openapi.json"}
         schemas = document["components"]["schemas"]
 
