@@ -51,6 +51,8 @@ def _pointer(element):
 
 _float32_at = _pointer(types.float32)
 _uint16_at = _pointer(types.uint16)
+_uint8_at = _pointer(types.uint8)
+_int8_at = _pointer(types.int8)
 _int32_at = _pointer(types.int32)
 _int64_at = _pointer(types.int64)
 
@@ -65,6 +67,18 @@ def floats(address, shape):
 def halves(address, shape):
     """The bfloat16 numbers at an address, as their bits."""
     return numba.carray(_uint16_at(address), shape)
+
+
+@inline
+def octets(address, shape):
+    """The uint8 numbers at an address."""
+    return numba.carray(_uint8_at(address), shape)
+
+
+@inline
+def signed_octets(address, shape):
+    """The int8 numbers at an address."""
+    return numba.carray(_int8_at(address), shape)
 
 
 @inline

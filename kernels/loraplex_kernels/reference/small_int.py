@@ -1,0 +1,18 @@
+"""Linear layers over whole numbers in plain torch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def int8_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None, addend: Tensor | None) -> Tensor:
+    weight = (numbers.float() * scales.float().unsqueeze(1)).to(x.dtype)
+    out = F.linear(x, weight, bias)
+    return out if addend is None else out + addend
+
+
+def int4_weight(numbers: Tensor, scales_and_offsets: Tensor) -> Tensor:
+    """The weight [out, in] in float32."""
+    grouped = numbers.float().view(len(numbers), len(scales_and_offsets), -1) - 8
+    scales, offsets = scales_and_offsets.float().permute(2, 1, 0).unsqueeze(-1)
+    return torch.addcmul(offsets, grouped, scales).flatten(1)
