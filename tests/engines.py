@@ -29,7 +29,9 @@ def checked_spec(name: str, folder: Path, model_folder: Path) -> AdapterSpec:
 class EngineBench:
     """An engine, the adapters it may serve, and what it has answered so far."""
 
-    def __init__(self, model_folder: Path, adapters: Mapping[str, Path], *, dtype: str = "float32"):
+    def __init__(
+        self, model_folder: Path, adapters: Mapping[str, Path], *, dtype: str = "float32", quantize: str | None = None
+    ):
         self._folder = model_folder
         self._dtype = dtype
         self.model = load_model(
@@ -37,6 +39,7 @@ class EngineBench:
             dtype=getattr(torch, dtype),
             device=torch.device("cpu"),
             group=ParallelGroup.single(),
+            quantize=quantize,
         )
         self.specs = {name: checked_spec(name, folder, model_folder) for name, folder in adapters.items()}
         self.start()

@@ -7,7 +7,7 @@ from loraplex.flags import Settings
 from loraplex.launch_error import LaunchError
 from loraplex_models.config import ModelConfig
 from loraplex_models.registry import ARCHITECTURES
-from loraplex_quant.config import QuantConfig, QuantConfigError, check_agreement, check_flag, parse_quantization
+from loraplex_quant.config import OnTheFly, QuantConfig, QuantConfigError, check_flag, settle_quantization
 from loraplex_server.config import DTYPES, EngineConfig, ServeConfig
 from loraplex_server.machine import Machine
 from loraplex_server.messages import AdapterSpec
@@ -18,6 +18,7 @@ MAX_DEFAULT_THREADS = 4
 # a shared two-core machine can make a step ten times slower; this keeps nearly all of the idle machine's speed.
 SPIN_COUNT = "2000"
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+SCALE_BITS = 1  # of scales and zeros, for each number
 GIB = 1024**3
 MIB = 1024**2
 
@@ -125,35 +126,39 @@ def _child_argv(name: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", "loraplex.processes", name)
 
 
-def _dtype(wanted: str, facts: CheckpointFacts, quantization: QuantConfig | None, device: str) -> str:
+def _dtype(wanted: str, facts: CheckpointFacts, quantization: QuantConfig | OnTheFly | None, device: str) -> str:
     dtype = facts.config.dtype if wanted == "auto" else wanted
-    if wanted == "auto" and quantization is not None and device == "cpu" and dtype == "float16":
+    is_on_the_fly, is_stored = isinstance(quantization, OnTheFly), isinstance(quantization, QuantConfig)
+    if wanted == "auto" and device == "cpu" and (is_on_the_fly or (is_stored and dtype == "float16")):
         # Quantised checkpoints say float16 for their kernels' sake; it is ten times slower on CPUs, and no linear of
-        # the checkpoint is stored in it.
+        # the checkpoint is stored in it. What is quantised on the fly is kept small in bfloat16 only.
         return "bfloat16"
     if dtype not in DTYPES:
         raise LaunchError(f"model '{facts.model_id}' is stored as {dtype}: choose --dtype {', '.join(DTYPES)}")
     return dtype
 
 
-def _quantization(wanted: str | None, facts: CheckpointFacts) -> QuantConfig | None:
+def _quantization(wanted: str | None, facts: CheckpointFacts) -> QuantConfig | OnTheFly | None:
     try:
-        quantization = parse_quantization(facts.config.quantization)
-        if wanted is not None:
-            check_agreement(wanted, quantization)
+        stored, on_the_fly = settle_quantization(wanted, facts.config.quantization)
     except QuantConfigError as error:
         raise LaunchError(f"model '{facts.model_id}': {error}") from None
-    return quantization
+    return stored or on_the_fly
 
 
-def _check_memory(facts: CheckpointFacts, dtype: str, quantization: QuantConfig | None, machine: Machine) -> None:
+def _check_memory(
+    facts: CheckpointFacts, dtype: str, quantization: QuantConfig | OnTheFly | None, machine: Machine
+) -> None:
     config, stored = facts.config, DTYPE_BYTES.get(facts.config.dtype, 2)
     needed = facts.weight_bytes * DTYPE_BYTES[dtype] // stored
     if quantization is not None:
-        # Embedding and head are stored plainly; the rest becomes plain weights while it is loaded.
+        # Embedding and head are counted as plain; the rest is kept as small numbers, or becomes plain while it is read.
         ends = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
-        linears = max(0, facts.weight_bytes - ends * stored) * 8 // quantization.bits
-        needed = (ends + linears) * DTYPE_BYTES[dtype]
+        stored_bits = 8 * stored if isinstance(quantization, OnTheFly) else quantization.bits
+        linears = max(0, facts.weight_bytes - ends * stored) * 8 // stored_bits
+        kept_bits = quantization.bits + SCALE_BITS if _keeps_small_numbers(quantization, dtype) else None
+        per_linear = 8 * DTYPE_BYTES[dtype] if kept_bits is None else kept_bits
+        needed = ends * DTYPE_BYTES[dtype] + linears * per_linear // 8
     if needed > machine.memory_bytes:
         raise LaunchError(
             f"out of memory: the weights of '{facts.model_id}' take {needed / GIB:.1f} GiB as {dtype} and "
@@ -161,10 +166,26 @@ def _check_memory(facts: CheckpointFacts, dtype: str, quantization: QuantConfig 
         )
 
 
-def _summary(facts: CheckpointFacts, quantization: QuantConfig | None, engine: EngineConfig) -> tuple[str, ...]:
+def _keeps_small_numbers(quantization: QuantConfig | OnTheFly, dtype: str) -> bool:
+    """Whether a CPU computes with the small numbers as they are; see `loraplex_quant.small_int`."""
+    if dtype != "bfloat16":
+        return False
+    if isinstance(quantization, OnTheFly):
+        return quantization.kind in ("int8", "int4")
+    is_grouped = quantization.method in ("gptq", "awq", "compressed-tensors") and quantization.bits == 4
+    return is_grouped and (quantization.group_size == -1 or quantization.group_size % 32 == 0)
+
+
+def _summary(
+    facts: CheckpointFacts, quantization: QuantConfig | OnTheFly | None, engine: EngineConfig
+) -> tuple[str, ...]:
     at = f" at {facts.revision}" if facts.revision else ""
     threads = f"{engine.num_threads} threads" if engine.num_threads else "threads as OMP_* says"
-    stored = "" if quantization is None else f", {quantization.name} with {quantization.bits} bits"
+    stored = ""
+    if isinstance(quantization, QuantConfig):
+        stored = f", {quantization.name} with {quantization.bits} bits"
+    elif quantization is not None:
+        stored = f", quantised to {quantization.kind} while loading"
     lines = [
         f"model {facts.model_id}{at}: {facts.config.architecture}, {facts.config.num_layers} layers, "
         f"{facts.weight_bytes / MIB:.0f} MiB{stored} in {facts.path}",

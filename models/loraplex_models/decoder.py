@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
@@ -19,6 +18,7 @@ from loraplex_models.layers.moe import SparseMLP
 from loraplex_models.layers.norm import RMSNorm
 from loraplex_models.layers.rotary import RopeError, Rotary
 from loraplex_models.parallel import ParallelGroup
+from loraplex_quant.keep import Keeping
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,24 +101,24 @@ class CausalLM:
 
     layer_class: type[DecoderLayer] = DecoderLayer
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, group: ParallelGroup) -> None:
+    def __init__(self, config: ModelConfig, keeping: Keeping, group: ParallelGroup) -> None:
         """Lay out the model without weights. Raises CheckpointError for what the config asks and nobody serves."""
         if config.activation not in GATED_ACTIVATIONS:
             served = ", ".join(GATED_ACTIVATIONS)
             raise CheckpointError(f"activation '{config.activation}' is not served; served are {served}")
         self.config = config
-        self.dtype = dtype
-        self.device = device
+        self.dtype = dtype = keeping.dtype
+        self.device = device = keeping.device
         self.group = group
         try:
             self._rotary = self._make_rotary()
         except RopeError as error:
             raise CheckpointError(str(error)) from None
-        attention, build = self._make_attention(), Build(dtype, device, group)
+        attention, build = self._make_attention(), Build(keeping, group)
         self._embedding = Embedding(config.vocab_size, config.hidden_size, dtype, device)
         self.layers = [self.layer_class(config, i, attention, build) for i in range(config.num_layers)]
         self._norm = self.layer_class.norm_class(config.hidden_size, config.norm_eps, dtype, device)
-        self._head = Head(config.vocab_size, config.hidden_size, dtype, device)
+        self._head = Head(config.vocab_size, config.hidden_size, keeping)
 
     @property
     def linears(self) -> tuple[Linear, ...]:

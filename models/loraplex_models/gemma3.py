@@ -1,6 +1,5 @@
 """Gemma 3, text: Gemma 2 with normalised queries and keys in place of caps, and other angles in windowed layers."""
 
-import torch
 from torch import Tensor
 
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
@@ -12,6 +11,7 @@ from loraplex_models.layers.build import Build
 from loraplex_models.layers.qk_norm import QKNorm
 from loraplex_models.layers.rotary import RopeError, Rotary
 from loraplex_models.parallel import ParallelGroup
+from loraplex_quant.keep import Keeping
 
 
 class Gemma3Layer(Gemma2Layer):
@@ -42,11 +42,11 @@ class Gemma3(Gemma2):
 
     layer_class = Gemma3Layer
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, group: ParallelGroup) -> None:
-        super().__init__(config, dtype, device, group)
+    def __init__(self, config: ModelConfig, keeping: Keeping, group: ParallelGroup) -> None:
+        super().__init__(config, keeping, group)
         rope = config.rope if config.windowed_rope is None else config.windowed_rope
         try:
-            self._windowed_rotary = Rotary(rope, config.head_dim, config.max_positions, dtype, device)
+            self._windowed_rotary = Rotary(rope, config.head_dim, config.max_positions, self.dtype, self.device)
         except RopeError as error:
             raise CheckpointError(str(error)) from None
 

@@ -11,8 +11,8 @@ from loraplex_models.config import ModelConfig, ModelConfigError, RopeConfig, re
 from loraplex_models.decoder import CausalLM
 from loraplex_models.parallel import ParallelGroup
 from loraplex_models.registry import ARCHITECTURES, find_model_class
-from loraplex_quant.config import QuantConfigError, parse_quantization
-from loraplex_quant.method import WeightFormat
+from loraplex_quant.config import OnTheFly, QuantConfig, QuantConfigError, settle_quantization
+from loraplex_quant.keep import Keeping
 from loraplex_quant.registry import weight_format
 
 SERVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,11 +31,13 @@ def load_model(
     group: ParallelGroup,
     rope_scaling: str | None = None,
     rope_factor: float | None = None,
+    quantize: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CausalLM:
     """Build the model of a folder and fill it from the folder's safetensors checkpoint.
 
     Layers are filled and packed one after the other, so that no second copy of the model exists at any time.
+    `quantize` is what --quantize says: it makes sure of the checkpoint's format, or quantises plain weights on the way.
     `progress` is told the bytes done and the bytes in all. Raises CheckpointError.
     """
     if dtype not in SERVED_DTYPES:
@@ -45,8 +47,9 @@ def load_model(
     if model_class is None:
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(f"architecture '{config.architecture}' is not served; served are {known}")
-    model = model_class(config, dtype, device, group)
-    with Checkpoint(path, _weight_format(path, config)) as checkpoint, torch.inference_mode():
+    stored, on_the_fly = _quantization(path, config, quantize)
+    model = model_class(config, Keeping(dtype, device, on_the_fly), group)
+    with Checkpoint(path, None if stored is None else weight_format(stored)) as checkpoint, torch.inference_mode():
         for _ in model.load(checkpoint):
             if progress is not None:
                 progress(min(checkpoint.taken_bytes, checkpoint.total_bytes), checkpoint.total_bytes)
@@ -68,12 +71,13 @@ def _served_config(path: str | Path) -> ModelConfig:
     return config
 
 
-def _weight_format(path: str | Path, config: ModelConfig) -> WeightFormat | None:
+def _quantization(
+    path: str | Path, config: ModelConfig, wanted: str | None
+) -> tuple[QuantConfig | None, OnTheFly | None]:
     try:
-        quantization = parse_quantization(config.quantization)
+        return settle_quantization(wanted, config.quantization)
     except QuantConfigError as error:
         raise CheckpointError(f"the checkpoint in '{path}': {error}") from None
-    return None if quantization is None else weight_format(quantization)
 
 
 def _overridden_rope(config: ModelConfig, kind: str | None, factor: float | None) -> ModelConfig:

@@ -6,7 +6,7 @@ from typing import Any
 
 GPTQ_BITS = (2, 4, 8)
 COMPRESSED_BITS = (4, 8)
-FLAG_NAMES = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4")
+FORMAT_NAMES = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4", "fp8")
 
 
 class QuantConfigError(ValueError):
@@ -33,21 +33,59 @@ class QuantConfig:
         return f"{self.method}-{self.layout}" if self.layout in ("nf4", "fp4") else self.method
 
 
+@dataclass(frozen=True, slots=True)
+class OnTheFly:
+    """What plain weights are quantised to while they are loaded: a kind of `loraplex_quant.rounding`, and its bits.
+
+    `head_kind` is that of the head; None leaves it plain.
+    """
+
+    kind: str
+    bits: int
+    head_kind: str | None = None
+
+
+# The names of --quantize for plain weights; eetq's weights are int8 with a scale for each output.
+ON_THE_FLY = {
+    "int8": OnTheFly("int8", 8, "int8"),
+    "int4": OnTheFly("int4", 4, "int8"),
+    "eetq": OnTheFly("int8", 8),
+    "bitsandbytes": OnTheFly("int8", 8),
+    "bitsandbytes-nf4": OnTheFly("nf4", 4),
+    "bitsandbytes-fp4": OnTheFly("fp4", 4),
+    "fp8": OnTheFly("fp8", 8),
+}
+FLAG_NAMES = tuple(dict.fromkeys((*FORMAT_NAMES, *ON_THE_FLY)))
+
+
 def check_flag(wanted: str) -> None:
-    """Raise QuantConfigError when --quantize names a format that is not served."""
+    """Raise QuantConfigError when --quantize names what is not served."""
     if wanted not in FLAG_NAMES:
         raise QuantConfigError(f"--quantize {wanted} is not served; served are {', '.join(FLAG_NAMES)}")
 
 
-def check_agreement(wanted: str, config: QuantConfig | None) -> None:
-    """Raise QuantConfigError when --quantize asks for another format than the checkpoint has."""
-    if config is None:
+def settle_quantization(wanted: str | None, raw: Any) -> tuple[QuantConfig | None, OnTheFly | None]:
+    """Say how a checkpoint's linears are stored, and what plain ones are quantised to; at most one of the two.
+
+    `wanted` is what --quantize says, `raw` the quantization_config as it was read from JSON. Raises QuantConfigError
+    for what is not served, and when the two contradict each other.
+    """
+    config = parse_quantization(raw)
+    if wanted is None:
+        return config, None
+    check_flag(wanted)
+    if config is not None:
+        if wanted not in (config.method, config.name):
+            raise QuantConfigError(
+                f"--quantize {wanted}: the checkpoint's weights are {config.name}: leave the flag out"
+            )
+        return config, None
+    if wanted not in ON_THE_FLY:
         raise QuantConfigError(
-            f"--quantize {wanted}: the checkpoint's weights are not quantised, and weights are not quantised while "
-            "loading: leave the flag out, or choose a checkpoint in that format"
+            f"--quantize {wanted}: the checkpoint's weights are not quantised: leave the flag out, choose a checkpoint "
+            f"in that format, or quantise while loading with {', '.join(ON_THE_FLY)}"
         )
-    if wanted not in (config.method, config.name):
-        raise QuantConfigError(f"--quantize {wanted}: the checkpoint's weights are {config.name}: leave the flag out")
+    return None, ON_THE_FLY[wanted]
 
 
 def parse_quantization(raw: Any) -> QuantConfig | None:

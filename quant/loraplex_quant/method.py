@@ -27,6 +27,7 @@ class QuantMethod(Protocol):
     """How one linear layer's weight is kept and applied. An instance holds the weight of one layer."""
 
     num_bytes: int  # of weight and bias as they are kept
+    bias: Tensor | None  # [out], in the type of activations
 
     def apply(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """Return x @ weight.T, plus the bias where there is one, plus `addend` where it is given."""

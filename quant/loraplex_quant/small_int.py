@@ -29,12 +29,12 @@ class Int8:
         """Keep weights of 8 bits without groups, whose zeros are 128."""
         self._numbers = torch.cat([weight.numbers for weight in weights]).bitwise_xor_(INT8_ZERO).view(torch.int8)
         self._scales = torch.cat([weight.scales.flatten() for weight in weights]).to(dtype)
-        self._bias = bias
+        self.bias = bias
         self.num_bytes = self._numbers.nbytes + self._scales.nbytes + (0 if bias is None else bias.nbytes)
 
     def apply(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """Return x @ weight.T + bias + addend."""
-        return int8_linear(x, self._numbers, self._scales, self._bias, addend)
+        return int8_linear(x, self._numbers, self._scales, self.bias, addend)
 
     def dequantize(self) -> Tensor:
         """Return the weight in float32."""
@@ -56,7 +56,7 @@ class Int4:
         self._packed = pack_int4(numbers if order is None else numbers.index_select(1, order))
         self._groups = torch.cat([_scales_and_offsets(weight, group_size) for weight in weights], dim=1)
         self._group_size = group_size
-        self._bias = bias
+        self.bias = bias
         kept = [self._packed, self._groups] + [tensor for tensor in (order, bias) if tensor is not None]
         self.num_bytes = sum(tensor.nbytes for tensor in kept)
 
@@ -64,7 +64,7 @@ class Int4:
         """Return x @ weight.T + bias + addend."""
         if self._order is not None:
             x = x.index_select(1, self._order)
-        return int4_linear(x, self._packed, self._groups, self._group_size, self._bias, addend)
+        return int4_linear(x, self._packed, self._groups, self._group_size, self.bias, addend)
 
     def dequantize(self) -> Tensor:
         """Return the weight in float32, as exact as bfloat16."""

@@ -13,20 +13,23 @@ from loraplex_quant.method import LinearWeight
 class Unquantized:
     """The weights of the fused linears, one below the other, packed for the device. See `QuantMethod`."""
 
-    def __init__(self, parts: Sequence[LinearWeight], dtype: torch.dtype, device: torch.device) -> None:
-        """Stack and pack; of tensors that lie in a file's memory nothing is kept."""
+    def __init__(
+        self, parts: Sequence[LinearWeight], dtype: torch.dtype, device: torch.device, *, may_share: bool = False
+    ) -> None:
+        """Stack and pack; of tensors that lie in a file's memory nothing is kept, unless `may_share`."""
         weight = stack([plain(part.weight) for part in parts], dtype, device)
-        self.num_bytes = weight.nbytes
         packed = pack_weight(weight)
+        is_shared = packed is parts[0].weight and may_share
         # A weight that stayed plain must not keep the checkpoint's mapped file alive.
-        self._weight = weight.clone() if packed is weight and len(parts) == 1 else packed
-        self._bias = stacked_bias(parts, dtype, device)
-        if self._bias is not None:
-            self.num_bytes += self._bias.nbytes
+        self._weight = weight.clone() if packed is weight and len(parts) == 1 and not is_shared else packed
+        self.num_bytes = 0 if is_shared else weight.nbytes
+        self.bias = stacked_bias(parts, dtype, device)
+        if self.bias is not None:
+            self.num_bytes += self.bias.nbytes
 
     def apply(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         """Return x @ weight.T + bias + addend."""
-        return linear(x, self._weight, self._bias, addend)
+        return linear(x, self._weight, self.bias, addend)
 
     def dequantize(self) -> Tensor:
         """Return the weight in float32."""

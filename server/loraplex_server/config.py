@@ -66,7 +66,9 @@ class EngineConfig:
     )
     device: str = setting("auto", "where the model runs; auto takes the best that is served", choices=DEVICES)
     num_shard: int = setting(1, "tensor-parallel ranks", minimum=1)
-    quantize: str | None = setting(None, "weight format; taken from the checkpoint when absent")
+    quantize: str | None = setting(
+        None, "weight format of the checkpoint, found by itself when absent; or what plain weights become while loading"
+    )
     rope_scaling: str | None = setting(None, "RoPE scaling kind", choices=("linear", "dynamic"))
     rope_factor: float | None = setting(None, "RoPE scaling factor")
     block_size: int = setting(16, "tokens in a KV block", minimum=1)

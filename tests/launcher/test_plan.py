@@ -137,12 +137,44 @@ def test_a_quantisation_that_the_checkpoint_does_not_have_is_refused(config: Mod
         plan(EngineConfig(quantize="awq"), replace(FACTS, config=config))
 
 
-def test_quantised_weights_count_in_memory_as_the_plain_weights_they_become() -> None:
-    ends = 2 * 2 * LLAMA.vocab_size * LLAMA.hidden_size
-    facts = replace(FACTS, config=GPTQ, weight_bytes=2 * GIB - ends // 4 + ends)
-    plan(facts=facts, machine=replace(MACHINE, memory_bytes=8 * GIB))
+ENDS = 2 * 2 * LLAMA.vocab_size * LLAMA.hidden_size
+ACT8 = replace(LLAMA, quantization={"quant_method": "gptq", "bits": 8, "group_size": 128})
+ODD = replace(LLAMA, quantization={"quant_method": "gptq", "bits": 4, "group_size": 20})
+
+
+@pytest.mark.parametrize(
+    ("config", "engine", "linear_bytes", "kept_bytes"),
+    [
+        (LLAMA, EngineConfig(), GIB, GIB),
+        (LLAMA, EngineConfig(dtype="float32"), GIB, 2 * GIB),
+        (LLAMA, EngineConfig(quantize="int8"), GIB, GIB * 9 // 16),
+        (LLAMA, EngineConfig(quantize="int4"), GIB, GIB * 5 // 16),
+        (LLAMA, EngineConfig(quantize="int4", dtype="float32"), GIB, 2 * GIB),
+        (LLAMA, EngineConfig(quantize="bitsandbytes-nf4"), GIB, GIB),
+        (GPTQ, EngineConfig(), GIB, GIB * 5 // 4),
+        (GPTQ, EngineConfig(dtype="float32"), GIB, 8 * GIB),
+        (ODD, EngineConfig(), GIB, 4 * GIB),
+        (ACT8, EngineConfig(), GIB, 2 * GIB),
+    ],
+)
+def test_weights_count_in_memory_as_they_are_kept(
+    config: ModelConfig, engine: EngineConfig, linear_bytes: int, kept_bytes: int
+) -> None:
+    ends = ENDS * 2 if engine.dtype == "float32" else ENDS
+    facts = replace(FACTS, config=config, weight_bytes=linear_bytes + ENDS)
+    plan(engine, facts, replace(MACHINE, memory_bytes=kept_bytes + ends))
     with pytest.raises(LaunchError, match="out of memory"):
-        plan(facts=replace(facts, weight_bytes=facts.weight_bytes + 1), machine=replace(MACHINE, memory_bytes=8 * GIB))
+        plan(engine, facts, replace(MACHINE, memory_bytes=kept_bytes + ends - 1))
+
+
+@pytest.mark.parametrize(("wanted", "resolved"), [("auto", "bfloat16"), ("float32", "float32")])
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_what_is_quantised_on_the_fly_computes_in_bfloat16_unless_told_otherwise(
+    wanted: str, resolved: str, stored: str
+) -> None:
+    made = plan(EngineConfig(dtype=wanted, quantize="int8"), replace(FACTS, config=replace(LLAMA, dtype=stored)))
+    assert made.config.engine.dtype == resolved
+    assert "quantised to int8 while loading" in made.summary[0]
 
 
 def test_a_stored_dtype_that_is_not_computed_in_needs_a_choice() -> None:
@@ -158,7 +190,7 @@ def test_a_stored_dtype_that_is_not_computed_in_needs_a_choice() -> None:
         (LaunchConfig(), EngineConfig(), "--model-id"),
         (LaunchConfig(model_id="m"), EngineConfig(num_shard=2), "not served yet"),
         (LaunchConfig(model_id="m", sharded=True), EngineConfig(), "not served yet"),
-        (LaunchConfig(model_id="m"), EngineConfig(quantize="eetq"), "eetq is not served; served are gptq"),
+        (LaunchConfig(model_id="m"), EngineConfig(quantize="exl2"), "exl2 is not served; served are gptq"),
         (LaunchConfig(model_id="m"), EngineConfig(rope_factor=2.0), "--rope-scaling"),
         (LaunchConfig(model_id="m"), EngineConfig(rope_scaling="linear"), "--rope-factor"),
     ],

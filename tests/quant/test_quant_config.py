@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 from slow_dequantization import FIXTURES, quantization_of
 
-from loraplex_quant.config import QuantConfig, QuantConfigError, check_agreement, check_flag, parse_quantization
+from loraplex_quant.config import (
+    ON_THE_FLY,
+    QuantConfig,
+    QuantConfigError,
+    check_flag,
+    parse_quantization,
+    settle_quantization,
+)
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
@@ -91,28 +98,45 @@ def test_what_is_not_served_is_refused_with_what_is(raw: Any, message: str) -> N
         parse_quantization(raw)
 
 
-def test_the_flag_may_repeat_what_the_checkpoint_is() -> None:
-    for name in ("gptq", "awq", "compressed-tensors", "bitsandbytes"):
-        check_flag(name)
-        check_agreement(name, QuantConfig(name, "any", 4))
-    check_agreement("bitsandbytes-nf4", QuantConfig("bitsandbytes", "nf4", 4))
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
 @pytest.mark.parametrize(
-    ("wanted", "config", "message"),
+    ("wanted", "raw"),
     [
-        ("awq", QuantConfig("gptq", "v1", 4), "the checkpoint's weights are gptq"),
-        ("bitsandbytes-fp4", QuantConfig("bitsandbytes", "nf4", 4), "the checkpoint's weights are bitsandbytes-nf4"),
-        ("gptq", None, "the checkpoint's weights are not quantised"),
+        ("gptq", GPTQ),
+        ("awq", AWQ),
+        ("compressed-tensors", COMPRESSED),
+        ("bitsandbytes", NF4),
+        ("bitsandbytes-nf4", NF4),
+    ],
+)
+def test_the_flag_may_repeat_what_the_checkpoint_is(wanted: str, raw: dict[str, Any]) -> None:
+    assert settle_quantization(wanted, raw) == (parse_quantization(raw), None) == settle_quantization(None, raw)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "raw", "message"),
+    [
+        ("awq", GPTQ, "the checkpoint's weights are gptq"),
+        ("int8", GPTQ, "the checkpoint's weights are gptq: leave the flag out"),
+        ("bitsandbytes-fp4", NF4, "the checkpoint's weights are bitsandbytes-nf4"),
+        ("gptq", None, "not quantised: .* or quantise while loading with int8, int4, eetq, bitsandbytes"),
     ],
 )
 def test_a_flag_that_contradicts_the_checkpoint_is_refused(
-    wanted: str, config: QuantConfig | None, message: str
+    wanted: str, raw: dict[str, Any] | None, message: str
 ) -> None:
     with pytest.raises(QuantConfigError, match=message):
-        check_agreement(wanted, config)
+        settle_quantization(wanted, raw)
 
 
-def test_a_flag_that_is_not_served_is_refused_by_itself() -> None:
-    with pytest.raises(QuantConfigError, match="--quantize eetq is not served; served are gptq, awq"):
-        check_flag("eetq")
+@pytest.mark.parametrize("wanted", ["int8", "int4", "eetq", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4"])
+def test_plain_weights_are_quantised_to_what_the_flag_says(wanted: str) -> None:
+    assert settle_quantization(wanted, None) == (None, ON_THE_FLY[wanted])
+
+
+@pytest.mark.parametrize("wanted", ["exl2", "marlin", "hqq-4bit", "INT8", ""])
+def test_a_flag_that_is_not_served_is_refused_by_itself(wanted: str) -> None:
+    with pytest.raises(QuantConfigError, match=f"--quantize {wanted} is not served; served are gptq, awq"):
+        check_flag(wanted)

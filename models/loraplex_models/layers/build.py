@@ -6,20 +6,30 @@ import torch
 
 from loraplex_models.layers.linear import Linear
 from loraplex_models.parallel import ParallelGroup
+from loraplex_quant.keep import Keeping
 
 
 class Build:
-    """The number type, the device and the ranks of one model that is being made."""
+    """The number type, the device and the ranks of one model that is being made, and how its weights are kept."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, group: ParallelGroup) -> None:
-        self.dtype = dtype
-        self.device = device
+    def __init__(self, keeping: Keeping, group: ParallelGroup) -> None:
+        self.keeping = keeping
         self.group = group
         self._num_linears = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of weights and activations."""
+        return self.keeping.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.keeping.device
 
     def linear(self, prefix: str, in_size: int, parts: Mapping[str, int], has_bias: bool) -> Linear:
         """Make the next linear, whose parts are named `<prefix>.<name>` in the checkpoint, below `model.`."""
         named = {f"{prefix}.{name}": size for name, size in parts.items()}
-        made = Linear(self._num_linears, in_size, named, has_bias, self.dtype, self.device)
+        made = Linear(self._num_linears, in_size, named, has_bias, self.keeping.linear)
         self._num_linears += 1
         return made

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from loraplex_kernels.linear import PackedWeight, linear, pack_weight, unpack_weight
 from loraplex_models.checkpoint import Checkpoint
+from loraplex_quant.keep import Keeping
+from loraplex_quant.method import QuantMethod
 
 
 class Embedding:
@@ -34,31 +35,31 @@ class Embedding:
 class Head:
     """The linear from the last hidden state to the vocabulary."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    _method: QuantMethod  # from `load` or `tie` on
+
+    def __init__(self, vocab_size: int, hidden_size: int, keeping: Keeping) -> None:
         self._shape = (vocab_size, hidden_size)
-        self._dtype = dtype
-        self._device = device
-        self._weight: Tensor | PackedWeight = torch.empty(0)
-        self.num_bytes = 0
+        self._keeping = keeping
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the loaded weight, less what is the embedding's."""
+        return self._method.num_bytes
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
         """Take the weight of that name from the checkpoint."""
-        self._pack(checkpoint.take(name, self._shape).to(self._device, self._dtype))
+        self._method = self._keeping.head(checkpoint.take(name, self._shape), may_share=False)
 
     def tie(self, embedding: Embedding) -> None:
         """Use the embedding's weight. Where the device has a packed layout, this makes a second copy of it."""
-        self._pack(embedding.weight)
+        self._method = self._keeping.head(embedding.weight, may_share=True)
 
     def dequantize(self) -> Tensor:
         """Return the weight [vocab, hidden] in float32, in memory of its own; not for every step."""
-        return unpack_weight(self._weight).to(torch.float32, copy=True)
+        return self._method.dequantize()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the logits [S, vocab] of hidden states [S, hidden], in their dtype."""
         if len(hidden) == 0:
             return hidden.new_empty(0, self._shape[0])
-        return linear(hidden, self._weight)
-
-    def _pack(self, weight: Tensor) -> None:
-        self._weight = pack_weight(weight)
-        self.num_bytes = 0 if self._weight is weight else weight.nbytes
+        return self._method.apply(hidden)

@@ -1,15 +1,13 @@
 """A linear layer that may fuse several linears of the checkpoint, and adds the deltas of the batch's adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from loraplex_kernels.lora import lora_expand, lora_shrink
 from loraplex_models.checkpoint import Checkpoint
 from loraplex_models.forward import LoraBatch
-from loraplex_quant.keep import keep_linear
-from loraplex_quant.method import QuantMethod
+from loraplex_quant.method import LinearWeight, QuantMethod
 
 
 class Linear:
@@ -27,15 +25,14 @@ class Linear:
         in_size: int,
         parts: Mapping[str, int],
         has_bias: bool,
-        dtype: torch.dtype,
-        device: torch.device,
+        keep: Callable[[Sequence[LinearWeight]], QuantMethod],
     ) -> None:
+        """`keep` says in which form the weights are kept: a method of `Keeping`."""
         self.index = index
         self.in_size = in_size
         self.parts = dict(parts)
         self._has_bias = has_bias
-        self._dtype = dtype
-        self._device = device
+        self._keep = keep
 
     @property
     def num_bytes(self) -> int:
@@ -48,7 +45,7 @@ class Linear:
             checkpoint.linear(prefix + module).read(self.in_size, size, self._has_bias)
             for module, size in self.parts.items()
         ]
-        self._method = keep_linear(weights, self._dtype, self._device)
+        self._method = self._keep(weights)
 
     def dequantize(self) -> Tensor:
         """Return the weight [sum of the parts' sizes, in] in float32, in memory of its own; not for every step."""
@@ -56,9 +53,8 @@ class Linear:
 
     def bias(self) -> Tensor | None:
         """Return the bias [sum of the parts' sizes] in float32, None where there is none; not for every step."""
-        # What the layer gives for nothing; so no way of keeping weights has to tell.
-        found = self._method.apply(torch.zeros(1, self.in_size, dtype=self._dtype, device=self._device))[0].float()
-        return found if self._has_bias or bool(found.any()) else None
+        found = self._method.bias
+        return None if found is None else found.float()
 
     def forward(self, x: Tensor, lora: LoraBatch | None, addend: Tensor | None = None) -> Tensor:
         """Return x @ weight.T, plus the bias, plus `addend`, plus each token's adapter delta. x: [T, in]."""

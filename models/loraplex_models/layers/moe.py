@@ -12,7 +12,6 @@ from loraplex_models.config import ExpertsConfig
 from loraplex_models.forward import LoraBatch
 from loraplex_models.layers.build import Build
 from loraplex_models.layers.linear import Linear
-from loraplex_quant.keep import keep_linear
 from loraplex_quant.method import QuantMethod
 
 
@@ -35,7 +34,7 @@ class ExpertLinear:
         self.parts = parts
         self._prefix = prefix
         self._num_experts = num_experts
-        self._build = build
+        self._keep = build.keeping.linear
         self._methods: list[QuantMethod] = []
 
     @property
@@ -51,7 +50,7 @@ class ExpertLinear:
                 checkpoint.linear(name).read(self.in_size, size, has_bias=False)
                 for name, size in zip(names, self.parts.values(), strict=True)
             ]
-            self._methods.append(keep_linear(weights, self._build.dtype, self._build.device))
+            self._methods.append(self._keep(weights))
 
     def forward(self, rows: Tensor, starts: tuple[int, ...]) -> Tensor:
         """Return each row's product. rows: [R, in], those of expert e from starts[e] to starts[e + 1]."""
@@ -81,7 +80,8 @@ class SparseMLP:
         up_parts = {names.gate: inner, names.up: inner}
         self._up = ExpertLinear(build, f"{block}.experts", hidden_size, up_parts, experts.num_experts)
         self._down = ExpertLinear(build, f"{block}.experts", inner, {names.down: hidden_size}, experts.num_experts)
-        self._router = Linear(-1, hidden_size, {f"{block}.gate": experts.num_experts}, False, build.dtype, build.device)
+        router_parts = {f"{block}.gate": experts.num_experts}
+        self._router = Linear(-1, hidden_size, router_parts, has_bias=False, keep=build.keeping.plain)
         self._num_chosen = experts.num_chosen
         self._rescales = experts.rescales
         self._activate = activate

@@ -115,6 +115,7 @@ def load_base_model(config: EngineConfig, progress: Callable[[int, int], None] |
         group=ParallelGroup.single(),
         rope_scaling=config.rope_scaling,
         rope_factor=config.rope_factor,
+        quantize=config.quantize,
         progress=progress,
     )
 
