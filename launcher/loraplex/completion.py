@@ -111,7 +111,8 @@ class OpenCompletion:
 
     def _add_text(self, text: str) -> bool:
         """Add to the text; returns whether a stop string is complete in it, behind which the sequence ends."""
-        kept = None if self._stop_checker is None else self._stop_checker.feed(text)
+        checker = self._stop_checker if len(self._token_ids) > self._params.min_tokens else None
+        kept = None if checker is None else checker.feed(text)
         if kept is None:
             self._text += text
             return False

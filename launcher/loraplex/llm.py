@@ -24,8 +24,10 @@ from loraplex.offline_engine import Job, OfflineEngine
 from loraplex.outputs import RequestOutput
 from loraplex.prompts import Prompt, PromptType, read_conversations, read_prompts
 from loraplex.sampling_params import SamplingParams
+from loraplex_server import messages
 from loraplex_server.errors import InvalidRequest
 from loraplex_server.messages import AdapterSpec, GenerateRequest
+from loraplex_server.text.bad_words import bad_word_tokens
 from loraplex_server.text.chat_template import ChatTemplate, Conversation
 from loraplex_server.text.tokenizer import Tokenizer, TokenizerError
 
@@ -231,6 +233,7 @@ class LLM:
     ) -> _Request:
         params.check()
         self._check_vocabulary("stop_token_ids", params.stop_token_ids or ())
+        self._check_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
         self._check_vocabulary("logit_bias", params.logit_bias or ())
         self._check_number("logprobs", params.logprobs)
         self._check_number("prompt_logprobs", params.prompt_logprobs)
@@ -278,6 +281,7 @@ class LLM:
             vocab_size=self._engine.model_config.vocab_size,
             seed=0,
         )
+        sampling = self._with_bans(params, sampling)
         jobs = []
         for index in range(params.num_sequences):
             seed = self._seeds.getrandbits(SEED_BITS) if params.seed is None else (params.seed + index) % 2**SEED_BITS
@@ -301,6 +305,16 @@ class LLM:
                 )
             )
         return jobs
+
+    def _with_bans(self, params: SamplingParams, sampling: messages.SamplingParams) -> messages.SamplingParams:
+        ends = (*self._engine.model_config.end_token_ids, *sampling.stop_token_ids)
+        return msgspec.structs.replace(
+            sampling,
+            min_new_tokens=min(params.min_tokens, sampling.max_new_tokens),
+            held_back_token_ids=ends if params.min_tokens else (),
+            allowed_token_ids=tuple(params.allowed_token_ids or ()),
+            bad_words=bad_word_tokens(params.bad_words or (), self._tokenizer),
+        )
 
     def _output(self, request: _Request) -> RequestOutput:
         jobs = request.jobs

@@ -13,9 +13,6 @@ GREEDY_TEMPERATURE = 1e-5
 LOWEST_TEMPERATURE = 1e-2
 # What vLLM has and the engine does not do yet, with the value that means «off».
 NOT_SERVED: dict[str, Any] = {
-    "min_tokens": 0,
-    "allowed_token_ids": None,
-    "bad_words": None,
     "structured_outputs": None,
 }
 
@@ -105,6 +102,13 @@ class SamplingParams:
             )
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, or None for all that fits. Given: {self.max_tokens}")
+        most = math.inf if self.max_tokens is None else self.max_tokens
+        if not 0 <= self.min_tokens <= most:
+            raise ValueError(f"min_tokens must be 0 to max_tokens ({most}). Given: {self.min_tokens}")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids must name at least one token, or be None for all")
+        if not all(isinstance(word, str) and word.strip() for word in self.bad_words or ()):
+            raise ValueError(f"bad_words must be words. Given: {self.bad_words!r}")
         for name in ("logprobs", "prompt_logprobs"):
             number = getattr(self, name)
             if number is not None and number < -1:

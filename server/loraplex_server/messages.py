@@ -30,6 +30,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0  # 0 … 2^64 - 1
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_new_tokens: int = 0  # `held_back_token_ids`, those that end a sequence, are not chosen before
+    held_back_token_ids: tuple[int, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()  # no others are chosen; empty for all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # runs of tokens that are never completed
     num_logprobs: int = 0  # most likely tokens to report beside the chosen one
     prompt_logprobs: bool = False
     guide: str | None = None  # a grammar in llguidance's notation that the output must follow to its end

@@ -32,9 +32,9 @@ def test_the_defaults_are_those_of_vllm() -> None:
         ({"prompt_logprobs": -2}, "prompt_logprobs must be"),
         ({"stop": ["a", ""]}, "stop must not contain an empty string"),
         ({"stop": "a", "detokenize": False}, "need detokenize=True"),
-        ({"min_tokens": 1}, "min_tokens is not served yet"),
-        ({"allowed_token_ids": [1]}, "allowed_token_ids is not served yet"),
-        ({"bad_words": ["x"]}, "bad_words is not served yet"),
+        ({"min_tokens": 17}, "min_tokens must be 0 to max_tokens"),
+        ({"allowed_token_ids": []}, "allowed_token_ids must name"),
+        ({"bad_words": [" "]}, "bad_words must be words"),
         ({"structured_outputs": {"json": {}}}, "structured_outputs is not served yet"),
     ],
 )

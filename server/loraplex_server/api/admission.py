@@ -3,17 +3,21 @@
 The order of the checks, their bounds and their messages are TGI's.
 """
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
+import msgspec
+
 from loraplex_server.api.adapter_finder import AdapterFinder, FoundAdapter
 from loraplex_server.api.job import GenerationJob
 from loraplex_server.config import ApiConfig
 from loraplex_server.errors import InvalidRequest, Overloaded
 from loraplex_server.messages import EngineReady, SamplingParams
+from loraplex_server.text.bad_words import bad_word_tokens
 from loraplex_server.text.guides import Guide
 from loraplex_server.text.tokenizer import Tokenizer
 
@@ -112,11 +116,29 @@ class Admission:
         token_ids = await self._tokenise(job)
         max_new_tokens = self._grant(job, len(token_ids))
         grammar = None if job.guide is None else await self._grammar(job.guide)
+        sampling = self._sampling(job, max_new_tokens, grammar)
+        if job.min_new_tokens or job.allowed_token_ids or job.bad_words:
+            sampling = await self._with_bans(job, sampling)
         return AdmittedJob(
             prompt_token_ids=token_ids,
-            sampling=self._sampling(job, max_new_tokens, grammar),
+            sampling=sampling,
             adapter=adapter,
             validation_s=time.monotonic() - started,
+        )
+
+    async def _with_bans(self, job: GenerationJob, sampling: SamplingParams) -> SamplingParams:
+        if job.min_new_tokens > sampling.max_new_tokens:
+            raise InvalidRequest(
+                f"`min_tokens` must be at most `max_tokens` and what fits, {sampling.max_new_tokens}. "
+                f"Given: {job.min_new_tokens}"
+            )
+        words = await asyncio.to_thread(bad_word_tokens, job.bad_words, self._tokenizer) if job.bad_words else ()
+        return msgspec.structs.replace(
+            sampling,
+            min_new_tokens=job.min_new_tokens,
+            held_back_token_ids=(*self._limits.end_token_ids, *job.stop_token_ids) if job.min_new_tokens else (),
+            allowed_token_ids=job.allowed_token_ids,
+            bad_words=words,
         )
 
     async def _grammar(self, guide: Guide) -> str:
@@ -153,6 +175,11 @@ class Admission:
         self._check_stop(job.stop)
         if job.stop_token_ids:
             self._check_vocabulary("`stop_token_ids`", job.stop_token_ids)
+        if job.allowed_token_ids:
+            self._check_vocabulary("`allowed_token_ids`", job.allowed_token_ids)
+        if job.guide is not None and (job.min_new_tokens or job.allowed_token_ids):
+            raise InvalidRequest("`min_tokens` and `allowed_token_ids` cannot be used with a grammar, which may need "
+                                 "other tokens")  # fmt: skip
         if job.logit_bias:
             self._check_vocabulary("`logit_bias`", job.logit_bias)
         if several and job.seed is not None:
@@ -187,6 +214,8 @@ class Admission:
         else:
             token_ids = list(job.prompt_token_ids)
             self._check_vocabulary("the prompt", token_ids)
+        if job.truncates_to_fit:
+            return token_ids[-self._limits.max_input_tokens :]
         return token_ids if job.truncate is None else token_ids[-job.truncate :]
 
     def _check_vocabulary(self, what: str, token_ids: Iterable[int]) -> None:
@@ -230,7 +259,7 @@ class Admission:
             ignore_eos=job.ignore_eos,
             guide=grammar,
             num_logprobs=job.top_n_tokens or job.num_top_logprobs,
-            num_prompt_logprobs=job.num_top_logprobs if job.echo_logprobs else 0,
+            num_prompt_logprobs=job.num_prompt_logprobs if job.echo_logprobs else 0,
             prompt_logprobs=job.echo_logprobs or (job.prompt_logprobs and self._prefill_logprobs),
         )
 

@@ -93,9 +93,7 @@ class Generator:
         self, job: GenerationJob, admitted: AdmittedJob, request_id: str, timings: Timings, started: float
     ) -> AsyncGenerator[TextDelta, None]:
         sampling, adapter = admitted.sampling, admitted.adapter
-        text = SequenceText(
-            self.tokenizer, admitted.prompt_token_ids, job.stop, sampling.seed if sampling.do_sample else None
-        )
+        text = SequenceText(self.tokenizer, admitted.prompt_token_ids, job.stop, sampling)
         submitted = time.monotonic()
         request = GenerateRequest(
             # A client may use its own request id twice; the engine must not see one twice.
@@ -129,18 +127,22 @@ def _feed_all(
     """Everything that waited, as one delta, and the error that came behind it."""
     tokens: list[Token] = []
     top_tokens: list[list[Token]] = []
+    prompt_token_ids: list[int] | None = None
     for output in outputs:
         if output.queue_time_s is not None:
             timings.queue_s = output.queue_time_s
         try:
             delta = text.feed(output)
         except LoraplexError as error:
-            return TextDelta(tokens=tokens, top_tokens=top_tokens), error
+            return TextDelta(tokens=tokens, top_tokens=top_tokens, prompt_token_ids=prompt_token_ids), error
         tokens += delta.tokens
         top_tokens += delta.top_tokens
+        prompt_token_ids = prompt_token_ids or delta.prompt_token_ids
         if delta.completion is not None:
-            return TextDelta(tokens=tokens, top_tokens=top_tokens, completion=delta.completion), None
-    return TextDelta(tokens=tokens, top_tokens=top_tokens), None
+            break
+    else:
+        return TextDelta(tokens=tokens, top_tokens=top_tokens, prompt_token_ids=prompt_token_ids), None
+    return dataclasses.replace(delta, tokens=tokens, top_tokens=top_tokens, prompt_token_ids=prompt_token_ids), None
 
 
 def _label(admitted: AdmittedJob) -> str | None:

@@ -53,12 +53,17 @@ class GenerationJob:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_new_tokens: int = 0  # neither an end token nor a stop string ends the answer before
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
     truncate: int | None = None
+    truncates_to_fit: bool = False  # the prompt's last tokens, as many as the server takes
     watermark: bool = False
     top_n_tokens: int | None = None
     prompt_logprobs: bool = False  # where the server allows it
     echo_logprobs: bool = False  # the same, whatever the server's setting, and in streams
-    num_top_logprobs: int = 0  # as `top_n_tokens`, bounded by its dialect; counts for the prompt too, if echoed
+    num_top_logprobs: int = 0  # as `top_n_tokens`, bounded by its dialect
+    num_prompt_logprobs: int = 0  # the same for the prompt, with `echo_logprobs`
     guide: Guide | None = None  # what the text must look like
 
     @property
@@ -100,6 +105,8 @@ class Completion:
     num_prompt_tokens: int
     num_generated_tokens: int
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    prompt_token_ids: list[int] = field(default_factory=list)
+    stop_reason: str | int | None = None  # the stop string, or the token of `stop_token_ids`, that ended it
     prompt_tokens: list[PromptToken]
     prompt_top_tokens: list[list[Token]] = field(default_factory=list)  # one list a prompt token, where asked for
 
@@ -110,6 +117,7 @@ class TextDelta:
 
     tokens: list[Token]
     top_tokens: list[list[Token]]  # one list a token, or empty when none were asked for
+    prompt_token_ids: list[int] | None = None  # there on the first delta and only there
     completion: Completion | None = None
 
 

@@ -13,6 +13,7 @@ from loraplex_kernels.choice import most_likely
 from loraplex_server.engine import logits as processors
 from loraplex_server.engine.guided import GuidedRows
 from loraplex_server.engine.noise import TokenNoise, seed_keys, step_keys
+from loraplex_server.engine.token_bans import TokenBans, has_bans
 from loraplex_server.messages import SamplingParams, TopLogprob
 
 NO_TOKEN = -1
@@ -91,6 +92,7 @@ class _Batch:
     draws: _Draws | None
     remembered: list[int]  # positions of the rows whose tokens are kept for penalties or watermark
     guided: list[int]  # positions of the rows with a grammar
+    banning: list[int]  # positions of the rows with tokens that they may not choose
     top_counts: dict[int, int]  # position → number of likely tokens to report
 
     @property
@@ -126,6 +128,7 @@ class Sampler:
         self._gamma = watermark_gamma
         self._delta = watermark_delta
         self._guided_rows = guided_rows
+        self._bans = TokenBans()
         self._noise = TokenNoise(vocab_size, device)
         self._params: list[SamplingParams | None] = [None] * num_rows
         self._num_prompt = np.zeros(num_rows, dtype=np.int64)
@@ -144,6 +147,8 @@ class Sampler:
         self._num_prompt[row] = len(token_ids) - num_output_tokens
         if params.guide is not None:
             self._guides.start(row, params.guide, token_ids[len(token_ids) - num_output_tokens :])
+        if has_bans(params):
+            self._bans.start(row, params, token_ids[len(token_ids) - num_output_tokens :])
         if _looks_back(params):
             self._reserve_history(len(token_ids) + 1)
             self._history[row, : len(token_ids)] = torch.tensor(token_ids, device=self._device)
@@ -154,18 +159,23 @@ class Sampler:
         params = self._params_of(row)
         if params.guide is not None:
             self._guides.stop(row)
+        if has_bans(params):
+            self._bans.stop(row)
         self._params[row] = None
         self._batch = None
 
     def sample(self, logits: Tensor, rows: list[int]) -> SampledTokens:
         """Choose a token for each row and remember it.
 
-        logits: [rows, vocab]; a row with a grammar is cut to the tokens that it allows, the others are not changed.
+        logits: [rows, vocab]; a row with a grammar or bans is cut to the tokens that it allows, the others are not
+        changed.
         Masks are filled on the CPU before anything waits for the logits: a GPU computes them meanwhile.
         """
         batch = self._batch
         if batch is None or batch.rows != rows:
             batch = self._batch = self._gather(rows)
+        if batch.banning:
+            self._bans.cut(logits, batch.banning, [rows[position] for position in batch.banning])
         if not batch.guided:
             return self._sample(logits, batch)
         guided = [rows[position] for position in batch.guided]
@@ -278,6 +288,9 @@ class Sampler:
             self._reserve_history(int(self._num_tokens[rows].max()) + 1)
             # In a row that is not sound the cell stays beyond what counts.
             self._history[self._index(rows), self._index(self._num_tokens[rows])] = token_ids[batch.remembered]
+        for position in batch.banning:
+            if sound[position]:
+                self._bans.advance(batch.rows[position], int(token_ids[position]))
         self._num_tokens[batch.row_index] += np.array(sound, dtype=np.int64)
 
     def _reserve_scratch(self, num_rows: int) -> None:
@@ -311,6 +324,7 @@ class Sampler:
             draws=self._gather_draws(sampled, row_index, params) if sampled else None,
             remembered=[i for i, p in enumerate(params) if _looks_back(p)],
             guided=[i for i, p in enumerate(params) if p.guide is not None],
+            banning=[i for i, p in enumerate(params) if has_bans(p)],
             top_counts={i: p.num_logprobs for i, p in enumerate(params) if p.num_logprobs},
         )
 

@@ -172,7 +172,8 @@ class ScriptedEngine:
                     TokenOutput(request_id=request.request_id, finish_reason="error", error="Server error: boom")
                 )
                 return
-            is_end = token_id == EOS and not sampling.ignore_eos
+            is_stop = token_id in sampling.stop_token_ids
+            is_end = is_stop or (token_id == EOS and not sampling.ignore_eos)
             is_last = i + 1 == min(len(token_ids), sampling.max_new_tokens)
             self._step(
                 TokenOutput(
@@ -189,6 +190,8 @@ class ScriptedEngine:
                 )
             )
             await asyncio.sleep(0)
+            if is_stop:
+                return
 
     @staticmethod
     def _top(token_id: int, number: int) -> list[TopLogprob]:

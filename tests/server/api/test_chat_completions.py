@@ -47,7 +47,12 @@ def test_a_whole_answer() -> None:
                 "finish_reason": "stop",
             }
         ]
-        assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 12, "total_tokens": 19}
+        assert body["usage"] == {
+            "prompt_tokens": 7,
+            "completion_tokens": 12,
+            "total_tokens": 19,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
         assert prompt_of(server) == "u:hi;a:"  # no start token: the template writes its own
         assert answer.headers["x-model-id"] == "tiny-base"
         assert (await chat(server)).json()["id"] != body["id"]
@@ -78,7 +83,12 @@ def test_a_stream_ends_with_the_usage_when_asked() -> None:
         chunks = events(await chat(server, stream=True, max_tokens=3, stream_options={"include_usage": True}))
         assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
         assert chunks[-1]["choices"] == []
-        assert chunks[-1]["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        assert chunks[-1]["usage"] == {
+            "prompt_tokens": 7,
+            "completion_tokens": 3,
+            "total_tokens": 10,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
         assert chunks[-2]["choices"][0]["finish_reason"] == "length"
 
     with_server(test)
@@ -177,7 +187,12 @@ def test_n_answers_come_from_different_seeds_and_share_the_prompts_count() -> No
         body = (await chat(server, n=3, seed=7)).json()
         assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
         assert [request.sampling.seed for request in server.engine.requests] == [7, 8, 9]
-        assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 36, "total_tokens": 43}
+        assert body["usage"] == {
+            "prompt_tokens": 7,
+            "completion_tokens": 36,
+            "total_tokens": 43,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
         await chat(server, n=2)
         assert len({request.sampling.seed for request in server.engine.requests}) == 5
 
@@ -193,7 +208,12 @@ def test_n_streams_are_told_apart_by_their_index() -> None:
             assert own[0]["delta"] == {"role": "assistant", "content": ""}
             assert "".join(choice["delta"].get("content", "") for choice in own) == "hello world"
             assert [choice["finish_reason"] for choice in own if choice["finish_reason"]] == ["stop"]
-        assert chunks[-1]["usage"] == {"prompt_tokens": 7, "completion_tokens": 36, "total_tokens": 43}
+        assert chunks[-1]["usage"] == {
+            "prompt_tokens": 7,
+            "completion_tokens": 36,
+            "total_tokens": 43,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
 
     with_server(test)
 
@@ -318,7 +338,10 @@ def test_the_tokenizers_start_token_is_added_when_asked() -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"min_tokens": 3}, "min_tokens"),
+        ({"min_tokens": 100}, "min_tokens"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"cache_salt": "a"}, "cache_salt"),
+        ({"echo": True}, "echo"),
         ({"chat_template": "x"}, "chat_template"),
         ({"continue_final_message": True}, "continue_final_message"),
         ({"max_tokens": 0}, "max_new_tokens"),

@@ -34,7 +34,12 @@ def test_a_whole_answer() -> None:
             "model": "pirate",
             "system_fingerprint": "loraplex",
             "choices": [{"index": 0, "text": "arr", "logprobs": None, "finish_reason": "stop"}],
-            "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+            "usage": {
+                "prompt_tokens": 3,
+                "completion_tokens": 4,
+                "total_tokens": 7,
+                "prompt_tokens_details": {"cached_tokens": 0},
+            },
         }
 
     with_server(test)
@@ -122,7 +127,12 @@ def test_an_echo_alone_has_no_output() -> None:
         assert (choice["text"], choice["finish_reason"]) == ("hi", "length")
         assert choice["logprobs"]["tokens"] == ["<s>", "h", "i"]
         assert choice["logprobs"]["top_logprobs"] == [None, {"h": -1.0}, {"i": -1.0}]
-        assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+        assert body["usage"] == {
+            "prompt_tokens": 3,
+            "completion_tokens": 0,
+            "total_tokens": 3,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
 
     with_server(test)
 
@@ -148,7 +158,12 @@ def test_a_stream_of_several_prompts() -> None:
             assert "".join(choice["text"] for choice in own) == prompt + "hello world"
             assert [choice["finish_reason"] for choice in own] == [None] * (len(own) - 1) + ["stop"]
         assert (last["choices"], last["object"]) == ([], "text_completion")
-        assert last["usage"] == {"prompt_tokens": 6, "completion_tokens": 48, "total_tokens": 54}
+        assert last["usage"] == {
+            "prompt_tokens": 6,
+            "completion_tokens": 48,
+            "total_tokens": 54,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
 
     with_server(test)
 

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions."""
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -29,11 +29,15 @@ from loraplex_server.api.schemas.openai_answers import (
     ChatChunk,
     ChatChunkChoice,
     ChatDelta,
+    IdSpelling,
+    PromptLogprobs,
+    RunningUsage,
     Spelling,
     Usage,
     chat_logprobs,
+    prompt_logprobs,
+    shown_if_set,
     summed_usage,
-    usage,
 )
 from loraplex_server.api.sse import event
 from loraplex_server.api.state import ApiState, Serving
@@ -51,14 +55,16 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
     state: ApiState = request.app.state.api
     serving = await state.serving()
     body.check(state.config.api.max_concurrent_requests)
-    adapter_id = adapter_of(state, body.model, body.adapter_id, body.adapter_access)
+    adapter_id = adapter_of(state, body.model, body.adapter_name, body.adapter_access)
     job = with_headers(request, body.job(await chat_prompt(serving, body), adapter_id))
     jobs = repeated(job, body.num_choices)
     note_for_log(request, adapter_id)
     envelope = new_envelope(state, "chatcmpl", adapter_id)
     generator = serving.generator
     if body.stream:
-        return await stream_response(request, generator, jobs, _ChatChunks(body, envelope, generator.tokenizer))
+        return await stream_response(
+            request, generator, jobs, _ChatChunks(body, envelope, _spelling(body, generator.tokenizer))
+        )
     finished = await while_connected(request, complete_all(generator, jobs, request.state.request_id))
     counts = summed_usage(finished, body.num_choices)
     note_for_log(request, adapter_id, counts.completion_tokens)
@@ -67,8 +73,10 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
         created=envelope.created,
         model=envelope.model,
         system_fingerprint=envelope.system_fingerprint,
-        choices=[_choice(body, index, job, generator.tokenizer) for index, job in enumerate(finished)],
+        choices=[_choice(body, index, job, _spelling(body, generator.tokenizer)) for index, job in enumerate(finished)],
         usage=counts,
+        prompt_token_ids=finished[0].best.completion.prompt_token_ids if body.return_token_ids else UNSET,
+        prompt_logprobs=_prompt_logprobs(body, finished[0]),
     )
     return Response(
         msgspec.json.encode(answer), headers=answer_headers(state, adapter_id), media_type="application/json"
@@ -103,10 +111,22 @@ def chat_text(body: ChatBody, job: FinishedJob) -> tuple[str, ChoiceReason]:
     return "".join(pieces), reason
 
 
+def _spelling(body: ChatBody, tokenizer: Spelling) -> Spelling:
+    return IdSpelling() if body.return_tokens_as_token_ids else tokenizer
+
+
 def _choice(body: ChatBody, index: int, job: FinishedJob, spelling: Spelling) -> ChatChoice:
     text, reason = chat_text(body, job)
     logprobs = chat_logprobs(job.best.tokens, job.best.top_tokens, spelling) if body.logprobs else None
-    return ChatChoice(index, AssistantMessage(text), logprobs, reason)
+    token_ids = [token.id for token in job.best.tokens] if body.return_token_ids else UNSET
+    stop_reason = shown_if_set(job.best.completion.stop_reason)
+    return ChatChoice(index, AssistantMessage(text), logprobs, reason, stop_reason, token_ids)
+
+
+def _prompt_logprobs(body: ChatBody, job: FinishedJob) -> PromptLogprobs | UnsetType:
+    if body.prompt_logprobs is None:
+        return UNSET
+    return prompt_logprobs(job.best.completion.prompt_tokens, job.best.completion.prompt_top_tokens)
 
 
 class _ChatChunks:
@@ -117,46 +137,53 @@ class _ChatChunks:
         self._envelope = envelope
         self._spelling = spelling
         self._texts: dict[int, ChoiceText] = {}
-        self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
+        self._counts = RunningUsage(body.num_choices)
 
     def delta(self, index: int, delta: TextDelta) -> bytes:
         """The events of one choice's delta."""
         events: list[bytes] = []
+        wants_ids = bool(self._body.return_token_ids)
+        self._counts.add(index, delta)
         text = self._texts.get(index)
         if text is None:
             text = self._texts[index] = _choice_text(self._body)
-            events.append(self._event(ChatChunkChoice(index, ChatDelta(role="assistant", content=""))))
+            first = ChatChunkChoice(index, ChatDelta(role="assistant", content=""))
+            events.append(self._event(first, delta.prompt_token_ids if wants_ids else None))
         pieces, reason = text.feed(delta)
         wants_logprobs = bool(self._body.logprobs)
         for i, piece in enumerate(pieces):
-            if piece or wants_logprobs:
+            if piece or wants_logprobs or wants_ids:
                 logprobs = (
                     chat_logprobs([delta.tokens[i]], delta.top_tokens[i : i + 1], self._spelling)
                     if wants_logprobs
                     else None
                 )
-                events.append(self._event(ChatChunkChoice(index, ChatDelta(content=piece), logprobs)))
+                token_ids = [delta.tokens[i].id] if wants_ids else UNSET
+                choice = ChatChunkChoice(index, ChatDelta(content=piece), logprobs, token_ids=token_ids)
+                events.append(self._event(choice))
         if delta.completion is not None:
-            self._num_prompt_tokens = delta.completion.num_prompt_tokens
-            self._num_generated_tokens += delta.completion.num_generated_tokens
-            events.append(self._event(ChatChunkChoice(index, ChatDelta(), finish_reason=reason)))
+            stop_reason = delta.completion.stop_reason
+            last = ChatChunkChoice(index, ChatDelta(), finish_reason=reason, stop_reason=shown_if_set(stop_reason))
+            events.append(self._event(last))
         return b"".join(events)
 
     def end(self) -> bytes:
         """The chunk with the counts, if it was asked for, and [DONE]."""
         if not self._body.wants_usage_chunk:
             return DONE
-        return event(self._chunk([], usage(self._num_prompt_tokens, self._num_generated_tokens))) + DONE
+        return event(self._chunk([], self._counts.now, None)) + DONE
 
     def fail(self, error: ErrorBody) -> bytes:
         """The error and [DONE]."""
         return failed(error)
 
-    def _event(self, choice: ChatChunkChoice) -> bytes:
-        return event(self._chunk([choice], None))
+    def _event(self, choice: ChatChunkChoice, prompt_token_ids: list[int] | None = None) -> bytes:
+        counts = self._counts.now if self._body.wants_running_usage else None
+        return event(self._chunk([choice], counts, prompt_token_ids))
 
-    def _chunk(self, choices: list[ChatChunkChoice], counts: Usage | None) -> ChatChunk:
+    def _chunk(
+        self, choices: list[ChatChunkChoice], counts: Usage | None, prompt_token_ids: list[int] | None
+    ) -> ChatChunk:
         envelope = self._envelope
         return ChatChunk(
             id=envelope.id,
@@ -164,5 +191,6 @@ class _ChatChunks:
             model=envelope.model,
             system_fingerprint=envelope.system_fingerprint,
             choices=choices,
-            usage=counts if self._body.wants_usage_chunk else UNSET,
+            usage=counts if counts is not None or self._body.wants_usage_chunk else UNSET,
+            prompt_token_ids=UNSET if prompt_token_ids is None else prompt_token_ids,
         )

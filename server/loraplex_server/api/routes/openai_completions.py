@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -29,10 +30,14 @@ from loraplex_server.api.schemas.openai_answers import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionLogprobsWriter,
+    IdSpelling,
+    RunningUsage,
+    Spelling,
     Usage,
     joined,
+    prompt_logprobs,
+    shown_if_set,
     summed_usage,
-    usage,
 )
 from loraplex_server.api.sse import event
 from loraplex_server.api.state import ApiState
@@ -56,7 +61,7 @@ async def answer_completion(request: Request, body: CompletionBody) -> Response:
     body.check(api.max_concurrent_requests)
     prompts = body.prompts
     _check_number(len(prompts), body.num_choices, api.max_client_batch_size, api.max_concurrent_requests)
-    adapter_id = adapter_of(state, body.model, body.adapter_id, body.adapter_access)
+    adapter_id = adapter_of(state, body.model, body.adapter_name, body.adapter_access)
     jobs = [
         job
         for prompt in prompts
@@ -108,6 +113,7 @@ class _Shown:
         self.body = body
         self._prompts = prompts
         self._tokenizer = tokenizer
+        self._spelling: Spelling = IdSpelling() if body.return_tokens_as_token_ids else tokenizer
         # An echo without output has one token that is generated and not shown.
         self.num_unseen_tokens = int(body.max_tokens == 0)
 
@@ -122,7 +128,7 @@ class _Shown:
 
     def new_logprobs(self) -> CompletionLogprobsWriter | None:
         """The log-probabilities of one choice, to be fed; None when they were not asked for."""
-        return None if self.body.logprobs is None else CompletionLogprobsWriter(self._tokenizer)
+        return None if self.body.logprobs is None else CompletionLogprobsWriter(self._spelling)
 
     def echo(self, index: int) -> str:
         """The prompt in front of a choice's text."""
@@ -137,14 +143,26 @@ class _Shown:
         writer = self.new_logprobs()
         logprobs = None
         if writer is not None:
-            prompt = writer.prompt(best.completion.prompt_tokens, best.completion.prompt_top_tokens)
+            shown_prompt = best.completion.prompt_tokens if self.body.echo else []
+            prompt = writer.prompt(shown_prompt, best.completion.prompt_top_tokens)
             logprobs = prompt if self.num_unseen_tokens else joined(prompt, writer.output(best.tokens, best.top_tokens))
         if self.num_unseen_tokens:
-            return CompletionChoice(index, self.echo(index), logprobs, "length")
+            return self._with_ids(CompletionChoice(index, self.echo(index), logprobs, "length"), job, [])
         pieces, reason = self.new_text().feed(
             TextDelta(tokens=best.tokens, top_tokens=best.top_tokens, completion=best.completion)
         )
-        return CompletionChoice(index, self.echo(index) + "".join(pieces), logprobs, reason)
+        text = self.echo(index) + "".join(pieces)
+        choice = CompletionChoice(index, text, logprobs, reason, shown_if_set(best.completion.stop_reason))
+        return self._with_ids(choice, job, [token.id for token in best.tokens])
+
+    def _with_ids(self, choice: CompletionChoice, job: FinishedJob, token_ids: list[int]) -> CompletionChoice:
+        """The choice with what vLLM's fields add to it."""
+        end = job.best.completion
+        if self.body.return_token_ids:
+            choice = replace(choice, token_ids=token_ids, prompt_token_ids=end.prompt_token_ids)
+        if self.body.prompt_logprobs is not None:
+            choice = replace(choice, prompt_logprobs=prompt_logprobs(end.prompt_tokens, end.prompt_top_tokens))
+        return choice
 
 
 class _CompletionChunks:
@@ -154,19 +172,23 @@ class _CompletionChunks:
         self._shown = shown
         self._envelope = envelope
         self._choices: dict[int, tuple[ChoiceText, CompletionLogprobsWriter | None]] = {}
-        self._num_prompt_tokens: dict[int, int] = {}
-        self._num_generated_tokens = 0
+        self._counts = RunningUsage(shown.body.num_choices)
 
     def delta(self, index: int, delta: TextDelta) -> bytes:
         """The events of one choice's delta."""
         shown = self._shown
         events: list[bytes] = []
+        wants_ids = bool(shown.body.return_token_ids)
+        self._counts.add(index, delta)
+        end = delta.completion
+        if end is not None:
+            self._counts.leave_out(shown.num_unseen_tokens)
         choice = self._choices.get(index)
         if choice is None:
             choice = self._choices[index] = shown.new_text(), shown.new_logprobs()
-            if shown.body.echo:
-                events.append(self._event(CompletionChoice(index, shown.echo(index))))
-        end = delta.completion
+            if shown.body.echo or wants_ids:
+                prompt_ids = delta.prompt_token_ids if wants_ids and delta.prompt_token_ids is not None else UNSET
+                events.append(self._event(CompletionChoice(index, shown.echo(index), prompt_token_ids=prompt_ids)))
         text, writer = choice
         pieces, reason = text.feed(delta)
         last = len(pieces) - 1
@@ -175,26 +197,28 @@ class _CompletionChunks:
             if shown.num_unseen_tokens:
                 if is_end:
                     events.append(self._event(CompletionChoice(index, "", None, "length")))
-            elif piece or writer is not None or is_end:
+            elif piece or writer is not None or wants_ids or is_end:
                 logprobs: CompletionLogprobs | None = None
                 if writer is not None:
                     logprobs = writer.output([delta.tokens[i]], delta.top_tokens[i : i + 1])
-                events.append(self._event(CompletionChoice(index, piece, logprobs, reason if is_end else None)))
-        if end is not None:
-            self._num_prompt_tokens[index // shown.body.num_choices] = end.num_prompt_tokens
-            self._num_generated_tokens += end.num_generated_tokens - shown.num_unseen_tokens
+                one = CompletionChoice(index, piece, logprobs, reason if is_end else None)
+                if end is not None and is_end:
+                    one = replace(one, stop_reason=shown_if_set(end.stop_reason))
+                events.append(self._event(replace(one, token_ids=[delta.tokens[i].id]) if wants_ids else one))
         return b"".join(events)
 
     def end(self) -> bytes:
         """The chunk with the counts, if it was asked for, and [DONE]."""
         if not self._shown.body.wants_usage_chunk:
             return DONE
-        counts = usage(sum(self._num_prompt_tokens.values()), self._num_generated_tokens)
-        return event(_answer(self._envelope, [], counts)) + DONE
+        return event(_answer(self._envelope, [], self._counts.now)) + DONE
 
     def fail(self, error: ErrorBody) -> bytes:
         """The error and [DONE]."""
         return failed(error)
 
     def _event(self, choice: CompletionChoice) -> bytes:
-        return event(_answer(self._envelope, [choice], None if self._shown.body.wants_usage_chunk else UNSET))
+        counts: Usage | UnsetType | None = None if self._shown.body.wants_usage_chunk else UNSET
+        if self._shown.body.wants_running_usage:
+            counts = self._counts.now
+        return event(_answer(self._envelope, [choice], counts))

@@ -103,7 +103,7 @@ async def _job(state: ApiState, serving: Serving, instance: GenerateBody | ChatB
     if instance.stream or instance.num_choices != 1:
         raise InvalidRequest("`instances` can neither be streamed nor have several answers")
     instance.check(1)
-    adapter_id = adapter_of(state, instance.model, instance.adapter_id, instance.adapter_access)
+    adapter_id = adapter_of(state, instance.model, instance.adapter_name, instance.adapter_access)
     return instance.job(await chat_prompt(serving, instance), adapter_id)
 
 

@@ -7,6 +7,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex_server.api.adapter_access import with_headers
 from loraplex_server.api.body import read_body
 from loraplex_server.api.choices import ChoiceReason, ChoiceText, complete_all
 from loraplex_server.api.disconnect import while_connected
@@ -36,8 +37,8 @@ async def responses(request: Request) -> Response:
     serving = await state.serving()
     chat = body.as_chat()
     chat.check(1)
-    adapter_id = adapter_of(state, chat.model, chat.adapter_id)
-    job = chat.job(await chat_prompt(serving, chat), adapter_id)
+    adapter_id = adapter_of(state, chat.model, chat.adapter_name, chat.adapter_access)
+    job = with_headers(request, chat.job(await chat_prompt(serving, chat), adapter_id))
     note_for_log(request, adapter_id)
     begun = begun_answer(body, f"resp_{secrets.token_hex(16)}", adapter_id or state.config.api.model_id)
     generator = serving.generator

@@ -94,7 +94,7 @@ def _schema(fields: dict[str, Any]) -> type[GenerateBody | TokenizeBody | Tokeni
 
 async def _chat_prompt(state: ApiState, serving: Serving, body: ChatBody) -> str:
     body.check(state.config.api.max_concurrent_requests)
-    adapter_of(state, body.model, body.adapter_id)
+    adapter_of(state, body.model, body.adapter_name)
     return await chat_prompt(serving, body)
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 from loraplex_server.api.job import AdapterAccess, GenerationJob
 from loraplex_server.api.schemas.structure import format_guide, older_vllm_guides, only_one, structured_guide
 from loraplex_server.api.schemas.tgi import Float32, Int32, UInt32
+from loraplex_server.api.schemas.vllm_fields import VllmFields
 from loraplex_server.errors import InvalidRequest
 from loraplex_server.text.chat_template import Conversation, Message
 from loraplex_server.text.guides import Guide
@@ -15,6 +16,7 @@ from loraplex_server.text.guides import Guide
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1_024
 DEFAULT_COMPLETION_TOKENS = 16
+ALL_THAT_FITS = -1  # of `truncate_prompt_tokens`
 
 
 class _Body(BaseModel):
@@ -26,9 +28,10 @@ class StreamOptions(_Body):
     """What a stream tells beside the text."""
 
     include_usage: bool | None = Field(None, description="one more chunk at the end, with the counts of tokens")
+    continuous_usage_stats: bool | None = Field(None, description="the counts so far in every chunk")
 
 
-class _GenerationBody(_Body):
+class _GenerationBody(VllmFields):
     """What chat and completions have in common. Every field may be null, which is the same as leaving it out."""
 
     model: str | None = Field(None, description="the base model, an adapter, or base:adapter", examples=["pirate"])
@@ -58,7 +61,6 @@ class _GenerationBody(_Body):
     stream: bool | None = Field(None, description="answer with server-sent events")
     stream_options: StreamOptions | None = None
     truncate_prompt_tokens: Int32 | None = Field(None, description="keep only the last so many tokens of the prompt")
-    min_tokens: UInt32 | None = Field(None, description="not supported yet")
     response_format: dict[str, Any] | None = Field(None, description="what the text must be: type text, json_object "
                                                    "or json_schema; also TGI's and LoRAX's forms")  # fmt: skip
     structured_outputs: dict[str, Any] | None = Field(None, description="what the text must be: one of json, regex, "
@@ -68,9 +70,6 @@ class _GenerationBody(_Body):
     guided_choice: Any = Field(None, description="texts, one of which is the answer")
     guided_grammar: Any = Field(None, description="grammar of the text, in Lark's notation or GBNF")
     guided_whitespace_pattern: str | None = Field(None, description="white space in JSON, a regular expression")
-    prompt_logprobs: Int32 | None = Field(None, description="not supported; `echo` of /v1/completions does the same")
-    allowed_token_ids: list[Any] | None = Field(None, description="not supported yet")
-    bad_words: list[Any] | None = Field(None, description="not supported yet")
 
     @property
     def wants_usage_chunk(self) -> bool:
@@ -82,6 +81,18 @@ class _GenerationBody(_Body):
         """How the adapter is to be had."""
         user = self.user if isinstance(self.user, str) else ""
         return AdapterAccess(source=self.adapter_source or None, token=self.api_token or None, split_key=user)
+
+    @property
+    def wants_running_usage(self) -> bool:
+        """Whether every chunk of a stream has the counts so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    @property
+    def adapter_name(self) -> str | None:
+        """The adapter that a field beside `model` names."""
+        if self.adapter_id and self.lora_path and self.adapter_id != self.lora_path:
+            raise InvalidRequest("`adapter_id` and `lora_path` name different adapters")
+        return self.adapter_id or self.lora_path
 
     @property
     def num_choices(self) -> int:
@@ -105,11 +116,10 @@ class _GenerationBody(_Body):
             raise InvalidRequest("`top_k` must be >= -1; 0 and -1 keep all tokens")
         if self.typical_p is not None and not 0 < self.typical_p <= 1:
             raise InvalidRequest("`typical_p` must be > 0.0 and <= 1.0")
-        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens < 1:
-            raise InvalidRequest("`truncate_prompt_tokens` must be >= 1")
-        for name in _NOT_SERVED:
-            if getattr(self, name):
-                raise InvalidRequest(f"`{name}` is not supported")
+        truncate = self.truncate_prompt_tokens
+        if truncate is not None and truncate < 1 and truncate != ALL_THAT_FITS:
+            raise InvalidRequest("`truncate_prompt_tokens` must be >= 1, or -1 for as many as the server takes")
+        self.check_vllm_fields(is_stream=bool(self.stream), max_logprobs=MAX_TOP_LOGPROBS)
 
     def _job(self, prompt: str, adapter_id: str | None, max_new_tokens: int | None) -> GenerationJob:
         # What shapes a draw means nothing without one.
@@ -135,7 +145,13 @@ class _GenerationBody(_Body):
             stop=self.stop_texts,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
-            truncate=self.truncate_prompt_tokens,
+            min_new_tokens=self.min_tokens or 0,
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            bad_words=tuple(self.bad_words or ()),
+            truncate=None if self.truncate_prompt_tokens == ALL_THAT_FITS else self.truncate_prompt_tokens,
+            truncates_to_fit=self.truncate_prompt_tokens == ALL_THAT_FITS,
+            echo_logprobs=self.prompt_logprobs is not None,
+            num_prompt_logprobs=self.prompt_logprobs or 0,
             guide=self.guide(),
         )
 
@@ -173,11 +189,6 @@ class _GenerationBody(_Body):
                 raise InvalidRequest("`logit_bias` values must be from -100 to 100")
             bias[int(token_id)] = value
         return bias
-
-
-_NOT_SERVED = (
-    "min_tokens", "prompt_logprobs", "allowed_token_ids", "bad_words",
-)  # fmt: skip
 
 
 class ChatMessage(_Body):
@@ -231,6 +242,8 @@ class ChatBody(_GenerationBody):
     add_special_tokens: bool | None = Field(None, description="add the tokenizer's own start token to the prompt")
     chat_template: str | None = Field(None, description="not accepted: the model's own template is used")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
+    documents: list[dict[str, Any]] | None = Field(None, description="documents for the chat template")
+    echo: bool | None = Field(None, description="refused when true; see /v1/completions")
 
     def check(self, max_choices: int) -> None:
         """Refuse what is out of bounds in this dialect alone, and what is not served."""
@@ -241,6 +254,9 @@ class ChatBody(_GenerationBody):
             raise InvalidRequest("`tools` are not supported yet")
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
             raise InvalidRequest("`tool_choice` needs `tools`, which are not supported yet")
+        if self.echo:
+            raise InvalidRequest("`echo` is not supported: the prompt is what the chat template makes of `messages`; "
+                                 "/v1/completions echoes")  # fmt: skip
         if self.chat_template is not None:
             raise InvalidRequest("`chat_template` is not accepted from a request; the model's own is used")
         if self.top_logprobs is not None and self.top_logprobs > MAX_TOP_LOGPROBS:
@@ -263,7 +279,7 @@ class ChatBody(_GenerationBody):
             messages=messages,
             add_generation_prompt=not continues and self.add_generation_prompt is not False,
             continue_final_message=continues,
-            variables=self.chat_template_kwargs or {},
+            variables=(self.chat_template_kwargs or {}) | ({"documents": self.documents} if self.documents else {}),
         )
 
     def job(self, prompt: str, adapter_id: str | None) -> GenerationJob:
@@ -343,6 +359,7 @@ class CompletionBody(_GenerationBody):
             self._job(prompt if isinstance(prompt, str) else "", adapter_id, max(asked, 1)),
             prompt_token_ids=None if isinstance(prompt, str) else prompt,
             add_special_tokens=is_text and self.add_special_tokens is not False,
-            echo_logprobs=bool(self.echo) and self.logprobs is not None,
+            echo_logprobs=self.prompt_logprobs is not None or (bool(self.echo) and self.logprobs is not None),
             num_top_logprobs=self.logprobs or 0,
+            num_prompt_logprobs=max(self.prompt_logprobs or 0, (self.logprobs or 0) if self.echo else 0),
         )

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from loraplex_server.api.job import FinishedJob, PromptToken, Token
+from loraplex_server.api.job import FinishedJob, PromptToken, TextDelta, Token
 
 Reason = Literal["stop", "length"]
 
@@ -18,17 +18,96 @@ class Spelling(Protocol):
         """The bytes of one token by itself."""
 
 
+class IdSpelling:
+    """Tokens spelt by their ids, as vLLM's `return_tokens_as_token_ids` asks."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The id behind a word."""
+        return f"token_id:{token_id}".encode()
+
+
+class PromptDetails(msgspec.Struct, frozen=True):
+    """More about the prompt's tokens."""
+
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     """The tokens counted; a prompt with several answers counts once."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails = PromptDetails(0)
 
 
-def usage(num_prompt_tokens: int, num_generated_tokens: int) -> Usage:
+def usage(num_prompt_tokens: int, num_generated_tokens: int, num_cached_tokens: int = 0) -> Usage:
     """The counts with their sum."""
-    return Usage(num_prompt_tokens, num_generated_tokens, num_prompt_tokens + num_generated_tokens)
+    return Usage(
+        num_prompt_tokens,
+        num_generated_tokens,
+        num_prompt_tokens + num_generated_tokens,
+        PromptDetails(num_cached_tokens),
+    )
+
+
+class RunningUsage:
+    """The counts of a stream so far; a prompt's answers are neighbours, `num_choices` of them."""
+
+    def __init__(self, num_choices: int):
+        self._num_choices = num_choices
+        self._num_prompt_tokens: dict[int, int] = {}
+        self._num_cached_tokens: dict[int, int] = {}
+        self._num_generated_tokens = 0
+
+    def add(self, index: int, delta: TextDelta) -> None:
+        """Count a delta of one choice."""
+        prompt = index // self._num_choices
+        if delta.prompt_token_ids is not None:
+            self._num_prompt_tokens[prompt] = len(delta.prompt_token_ids)
+        if delta.completion is not None:
+            self._num_cached_tokens.setdefault(prompt, delta.completion.num_cached_tokens)
+        self._num_generated_tokens += len(delta.tokens)
+
+    def leave_out(self, num_tokens: int) -> None:
+        """Tokens that were generated and are not shown."""
+        self._num_generated_tokens -= num_tokens
+
+    @property
+    def now(self) -> Usage:
+        """The counts."""
+        return usage(
+            sum(self._num_prompt_tokens.values()), self._num_generated_tokens, sum(self._num_cached_tokens.values())
+        )
+
+
+class PromptLogprob(msgspec.Struct, frozen=True):
+    """A token of a prompt's place, as vLLM tells it; no rank for one that is not among those asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+
+
+def prompt_logprobs(tokens: Sequence[PromptToken], top_tokens: Sequence[Sequence[Token]]) -> PromptLogprobs:
+    """The prompt's tokens and the likeliest ones in their places; nothing for the first."""
+    found: PromptLogprobs = []
+    for place, token in enumerate(tokens):
+        if token.logprob is None:
+            found.append(None)
+            continue
+        tops = top_tokens[place] if top_tokens else ()
+        ranked = {top.id: PromptLogprob(top.logprob, rank, top.text) for rank, top in enumerate(tops, start=1)}
+        found.append({token.id: PromptLogprob(token.logprob, None, token.text)} | ranked)
+    return found
+
+
+def shown_if_set(value: str | int | None) -> str | int | UnsetType:
+    """A field of an answer that is left out where it says nothing."""
+    return UNSET if value is None else value
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -84,6 +163,8 @@ class ChatChoice(msgspec.Struct, frozen=True):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: Reason
+    stop_reason: str | int | UnsetType = UNSET  # vLLM's: the stop text or token that ended the answer
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +177,8 @@ class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True):
@@ -112,6 +195,8 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: Reason | None = None
+    stop_reason: str | int | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +209,7 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
@@ -142,6 +228,10 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: Reason | None = None
+    stop_reason: str | int | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class CompletionAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,5 +303,8 @@ def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionL
 def summed_usage(finished: Sequence[FinishedJob], num_choices: int, num_unseen_tokens: int = 0) -> Usage:
     """The counts of an answer whose jobs come `num_choices` a prompt; unseen tokens are not counted."""
     ends = [one.best.completion for one in finished]
-    prompts = sum(end.num_prompt_tokens for end in ends[::num_choices])
-    return usage(prompts, sum(end.num_generated_tokens - num_unseen_tokens for end in ends))
+    return usage(
+        sum(end.num_prompt_tokens for end in ends[::num_choices]),
+        sum(end.num_generated_tokens - num_unseen_tokens for end in ends),
+        sum(end.num_cached_tokens for end in ends[::num_choices]),
+    )
