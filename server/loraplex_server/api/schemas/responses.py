@@ -121,6 +121,7 @@ class ResponsesBody(_Body):
                 "top_p": self.top_p,
                 "stream": self.stream,
                 "seed": self.seed,
+                "user": self.user,
                 "add_generation_prompt": True,
                 "response_format": self._response_format(),
             }
