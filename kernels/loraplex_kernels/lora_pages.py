@@ -1,13 +1,14 @@
 """Adapters on a GPU in rank pages, and the LoRA delta of a batch whose rows have different adapters.
 
-The layout is that of `loraplex_models.adapters.pages`: a page holds PAGE_RANKS ranks of one module of one layer, first
-their rows of A, each `in_size` long, then their rows of B transposed, each as long as the module's output. The rank is
-the outer dimension of both, so every row is dense whatever the rank. Scaling is part of B. All pages lie in one tensor;
-for each slot and module the table names where its pages start, and the ranks say what of them is valid: what stands
-beyond may be anything, so neither putting an adapter in nor taking it out writes zeros.
+The layout. A page holds PAGE_RANKS ranks of one module of one layer: first their rows of A, each `in_size` long, then
+the same rows of B transposed, each as long as the module's output. The rank is the outer dimension of both, so every
+row is dense whatever the rank. Scaling is part of B. For each slot and module a table names where its pages start, so
+pages may lie anywhere and in any order: those of all modules and layers of a class side by side, as
+`loraplex_models.adapters.pages` counts them, or all pages of an adapter in one block. The ranks say what of a page is
+valid: what stands beyond may be anything, so neither putting an adapter in nor taking it out writes zeros.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from loraplex_kernels.dispatch import on_gpu
 from loraplex_kernels.reference import lora_pages as _reference
+from loraplex_kernels.streams import beside
 
 PAGE_RANKS = 8
 # Rows of a tile: the least that tensor cores multiply, for decoding; more for prompts, which have long runs of rows.
@@ -201,6 +203,19 @@ def expand_rows(h: Tensor, pages: LinearPages, tiles: RowTiles, delta: Tensor) -
         _gpu.expand_rows(h, pages, tiles, delta)
     else:
         _reference.expand_rows(h, pages, tiles, delta)
+
+
+def row_delta(x: Tensor, pages: LinearPages, tiles: RowTiles, product: Callable[[], Tensor]) -> tuple[Tensor, RowDelta]:
+    """Compute a linear's product and, on a GPU at the same time, the delta of its adapters; returns both.
+
+    x: [T, in], columns dense; `product` gives [T, sum of part_sizes].
+    """
+    values = x.new_empty(len(x), sum(pages.part_sizes))
+    with beside(x) as side:
+        with side:
+            expand_rows(shrink_rows(x, pages, tiles), pages, tiles, values)
+        out = product()
+    return out, RowDelta(values, pages, tiles)
 
 
 def add_rows(out: Tensor, delta: RowDelta) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loraplex_kernels.lora import LoraSegments, LoraTable
+from loraplex_kernels.lora_pages import LinearPages, RowTiles
 from loraplex_models.layers.lora_extras import EmbeddingExtras, HeadExtras, LinearExtras
 
 
@@ -28,7 +29,10 @@ class AttentionBatch:
 
 @dataclass(frozen=True, slots=True)
 class LoraBatch:
-    """Which adapter each token has, and which linears that concerns. Made by `AdapterSlots.route`."""
+    """Which adapter each token has, and which linears that concerns. Made by `AdapterSlots.route`.
+
+    On a GPU kernels read rank pages, by `tiles` and `pages`, and all tables are None.
+    """
 
     segments: LoraSegments
     tables: tuple[LoraTable | None, ...]  # by the linear's index; None where no adapter of the batch touches it
@@ -36,6 +40,8 @@ class LoraBatch:
     extras: tuple[LinearExtras | None, ...] | None = None  # by the linear's index
     embedding: EmbeddingExtras | None = None
     head: HeadExtras | None = None
+    tiles: RowTiles | None = None
+    pages: tuple[LinearPages | None, ...] = ()  # by the linear's index, as the tables
 
 
 @dataclass(frozen=True, slots=True)

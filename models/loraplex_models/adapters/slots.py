@@ -57,6 +57,17 @@ class AdapterSlots:
 
         Raises ValueError when a module is unknown, a shape does not fit, or a weight is not finite.
         """
+        pairs, rest = self._finish(weights)
+        modules: list[tuple[int, int, Tensor, Tensor]] = []
+        for module, (a, b) in pairs.items():
+            a = a.to(self._device, self._dtype).contiguous()
+            # The tables want a rank's row of B dense.
+            b = b.to(self._device, self._dtype).t().contiguous().t()
+            modules.append((*self._places[module], a, b))
+        return replace(rest, modules=tuple(modules))
+
+    def _finish(self, weights: "AdapterWeights") -> tuple[dict[str, tuple[Tensor, Tensor]], PreparedAdapter]:
+        """Check an adapter and work out what it needs of the base: A and B by module, and all else on the device."""
         self._check(weights)
         pairs = dict(weights.modules)
         changes: list[tuple[int, int, OutputChange]] = []
@@ -65,16 +76,10 @@ class AdapterSlots:
             if pair is not None:
                 pairs[module] = pair
             changes.append((*self._places[module], change.to(self._device, self._dtype)))
-        modules: list[tuple[int, int, Tensor, Tensor]] = []
-        for module, (a, b) in pairs.items():
-            a = a.to(self._device, self._dtype).contiguous()
-            # The tables want a rank's row of B dense.
-            b = b.to(self._device, self._dtype).t().contiguous().t()
-            modules.append((*self._places[module], a, b))
         ends = {
             name: finish_end(self._model, name, end).to(self._device, self._dtype) for name, end in weights.ends.items()
         }
-        return PreparedAdapter(tuple(modules), tuple(changes), ends.get("embed_tokens"), ends.get("lm_head"))
+        return pairs, PreparedAdapter((), tuple(changes), ends.get("embed_tokens"), ends.get("lm_head"))
 
     def install(self, slot: int, adapter: PreparedAdapter) -> None:
         """Put an adapter into a slot, in place of what was there; no weight is copied."""

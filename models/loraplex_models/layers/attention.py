@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.attention import capped_attention, decode_attention, is_decode_fast, order_cells, paged_attention
+from loraplex_kernels.dispatch import has_gpu_forms
 from loraplex_kernels.kv_cache import rotate_and_store
+from loraplex_kernels.lora_pages import RowDelta
 from loraplex_models.forward import AttentionBatch
+from loraplex_models.layers.block_attention import NO_WINDOW, BlockPlan, attend_blocks
 
 # Sequences are computed together, padded to the longest, until the padding costs about as much as a group of its own:
 # some 50 us a layer, the time of a thousand keys or of sixteen thousand scores.
@@ -85,6 +88,7 @@ class AttentionPlan:
     decodes: DecodeGroup | None
     groups: tuple[AttentionGroup, ...]
     slot_mapping: Tensor
+    blocks: BlockPlan | None = None  # on a GPU: in place of all groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,8 @@ def plan_attention(
 
     `groups_decodes`: decodes are computed in groups like chunks, never straight from their blocks.
     """
+    if has_gpu_forms(batch.seq_lens.device):
+        return AttentionPlan(None, (), batch.slot_mapping, BlockPlan(batch, cache.block_size, window or NO_WINDOW))
     lengths = batch.seq_lens.tolist()
     if window is not None and window >= batch.max_seq_len:
         window = None
@@ -212,6 +218,8 @@ def _mask(
 class Attention:
     """Turns queries and keys, stores keys and values, attends. Shared by all layers, as it has no weights."""
 
+    _cap: float | None = None
+
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float | None = None) -> None:
         """Attend with that scale of the scores; by default head_dim ** -0.5."""
         self._num_heads = num_heads
@@ -220,14 +228,24 @@ class Attention:
         self._head_dim = head_dim
         self._scale = head_dim**-0.5 if scale is None else scale
 
-    def forward(self, qkv: Tensor, cache: Tensor, plan: AttentionPlan, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    def forward(
+        self,
+        qkv: Tensor,
+        cache: Tensor,
+        plan: AttentionPlan,
+        cos: Tensor,
+        signed_sin: Tensor,
+        delta: RowDelta | None = None,
+    ) -> Tensor:
         """Return what each token's heads gather, [T, num_heads * head_dim].
 
-        qkv: [T, queries | keys | values], its queries and keys are turned in place; cache: one layer of a KVCache,
-        written in place.
+        qkv: [T, queries | keys | values], its queries and keys are turned in place, after `delta` was added; cache: one
+        layer of a KVCache, written in place.
         """
-        rotate_and_store(qkv, cos, signed_sin, cache, plan.slot_mapping, self._num_heads, self._head_dim)
+        rotate_and_store(qkv, cos, signed_sin, cache, plan.slot_mapping, self._num_heads, self._head_dim, delta)
         queries = qkv.narrow(1, 0, self._query_width)
+        if plan.blocks is not None:
+            return attend_blocks(queries, cache, plan.blocks, self._num_kv_heads, self._scale, self._cap)
         if plan.decodes is not None and not plan.groups:
             return self._decode(queries, cache, plan.decodes)
         if plan.decodes is None and len(plan.groups) == 1 and plan.groups[0].tokens is None:
@@ -278,6 +296,7 @@ class CappedAttention(Attention):
         if group.cells is None:
             cache = cache.narrow(0, group.first_cell, group.num_keys)
         queries = queries.view(group.num_sequences, group.num_queries, self._query_width)
+        assert self._cap is not None
         found = capped_attention(
             queries, cache, group.cells, group.mask, num_kv_heads=self._num_kv_heads, scale=self._scale, cap=self._cap
         )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from loraplex_kernels.lora import lora_expand, lora_shrink
+from loraplex_kernels.lora_pages import RowDelta, add_rows, row_delta
 from loraplex_models.checkpoint import Checkpoint
 from loraplex_models.forward import LoraBatch
 from loraplex_quant.method import LinearWeight, QuantMethod
@@ -58,15 +59,35 @@ class Linear:
 
     def forward(self, x: Tensor, lora: LoraBatch | None, addend: Tensor | None = None) -> Tensor:
         """Return x @ weight.T, plus the bias, plus `addend`, plus each token's adapter delta. x: [T, in]."""
-        extras = None if lora is None or lora.extras is None else lora.extras[self.index]
-        if lora is not None and extras is not None:
+        if lora is None:
+            return self._method.apply(x, addend)
+        if lora.tiles is not None:
+            return self._forward_paged(x, lora, addend)
+        extras = None if lora.extras is None else lora.extras[self.index]
+        if extras is not None:
             out = self._method.apply(x)
             extras.apply(out, lora.segments)
             if addend is not None:
                 out += addend
         else:
             out = self._method.apply(x, addend)
-        table = None if lora is None else lora.tables[self.index]
-        if lora is not None and table is not None:
+        table = lora.tables[self.index]
+        if table is not None:
             lora_expand(lora_shrink(x, table, lora.segments), table, lora.segments, out)
         return out
+
+    def project(self, x: Tensor, lora: LoraBatch | None) -> tuple[Tensor, RowDelta | None]:
+        """Return the product, and apart from it what adapters in rank pages add, for the operation that reads both."""
+        pages = None if lora is None else lora.pages[self.index]
+        if lora is None or lora.tiles is None or pages is None:
+            return self._method.apply(x), None
+        return row_delta(x, pages, lora.tiles, lambda: self._method.apply(x))
+
+    def _forward_paged(self, x: Tensor, lora: LoraBatch, addend: Tensor | None) -> Tensor:
+        out, delta = self.project(x, lora)
+        extras = None if lora.extras is None else lora.extras[self.index]
+        if extras is not None:
+            extras.apply(out, lora.segments)
+        if delta is not None:
+            add_rows(out, delta)
+        return out if addend is None else out + addend

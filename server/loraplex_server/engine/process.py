@@ -81,6 +81,7 @@ def build_engine(config: EngineConfig, model: CausalLM, limits: Limits) -> Engin
         max_batch_size=config.max_batch_size,
         max_total_tokens=limits.max_total_tokens,
         num_slots=config.adapters.max_resident_adapters,
+        max_lora_rank=config.adapters.max_lora_rank,
         read_adapter=read_adapter,
         sampler=sampler,
         device=device,

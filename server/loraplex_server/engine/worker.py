@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from loraplex_models.adapters.slots import AdapterSlots
+from loraplex_models.adapters.paged_slots import make_slots
 from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.decoder import CausalLM
 from loraplex_server.engine.adapters.host_cache import HostCache
@@ -52,13 +52,14 @@ class Worker:
         max_batch_size: int,
         max_total_tokens: int,
         num_slots: int,
+        max_lora_rank: int,
         read_adapter: Callable[[str], AdapterWeights],
         sampler: Sampler,
         device: torch.device,
     ):
         self._model = model
         self._kv_cache = model.new_kv_cache(num_kv_blocks, block_size)
-        self._slots = AdapterSlots(model, num_slots)
+        self._slots = make_slots(model, num_slots, max_lora_rank)
         self.host_cache = HostCache(read_adapter, self._slots.prepare)
         self._sampler = sampler
         max_blocks = -(-max_total_tokens // block_size)

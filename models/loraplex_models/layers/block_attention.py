@@ -1,0 +1,43 @@
+"""Attention by kernels that read the blocks themselves: nothing is grouped or padded, nothing asked of the device."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from loraplex_kernels.attention import chunk_attention, decode_attention
+from loraplex_models.forward import AttentionBatch
+
+NO_WINDOW = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """A step's sequences as they are in the batch."""
+
+    batch: AttentionBatch
+    block_size: int
+    window: int  # keys that a query sees, its own included
+
+
+def attend_blocks(
+    queries: Tensor, cache: Tensor, plan: BlockPlan, num_kv_heads: int, scale: float, cap: float | None
+) -> Tensor:
+    """Return what each token's heads gather, [T, num_heads * head_dim]; queries: [T, num_heads * head_dim]."""
+    batch, count = plan.batch, plan.batch.num_decodes
+    num_sequences = len(batch.seq_lens)
+    decoded = None
+    if count:
+        decoded = decode_attention(
+            queries[:count], cache, batch.block_table[:count], batch.seq_lens[:count],
+            block_size=plan.block_size, num_kv_heads=num_kv_heads, scale=scale, window=plan.window, cap=cap,
+        )  # fmt: skip
+        if count == num_sequences:
+            return decoded
+    out = chunk_attention(
+        queries, cache, batch.block_table[count:], batch.query_start[count:], batch.seq_lens[count:],
+        max_query_len=batch.max_query_len, block_size=plan.block_size, num_kv_heads=num_kv_heads, scale=scale,
+        window=plan.window, cap=cap,
+    )  # fmt: skip
+    if decoded is not None:
+        out[:count] = decoded
+    return out

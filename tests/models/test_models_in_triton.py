@@ -1,0 +1,60 @@
+"""Whole models through Triton's interpreter: every family's logits equal those of the CPU's kernels."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from paged_model import PagedModel
+from tiny_families import FAMILIES, make_tiny
+from tiny_models import make_peft_adapter
+
+from loraplex_kernels import dispatch
+from loraplex_models.adapters.manifest import check_adapter
+from loraplex_models.adapters.paged_slots import PagedAdapterSlots
+from loraplex_models.adapters.slots import AdapterSlots
+from loraplex_models.adapters.weights import load_adapter_weights
+from loraplex_models.loader import load_model
+from loraplex_models.parallel import ParallelGroup
+
+PROMPTS = {"base": list(range(5, 16)), "first": list(range(30, 47)), "second": [7, 9, 11]}
+SLOTS = {"base": -1, "first": 0, "second": 1}
+
+
+def run(model, slots: AdapterSlots) -> dict[str, torch.Tensor]:
+    """Prompts in chunks beside decodes, with base rows between two adapters."""
+    paged = PagedModel(model, slots=slots)
+    for name, tokens in PROMPTS.items():
+        paged.add(name, tokens, SLOTS[name])
+    paged.step({"base": 9, "first": 11})
+    paged.step({"base": 1, "first": 6, "second": 1})
+    paged.step({"base": 1, "second": 2})
+    return {name: paged.logits(name) for name in PROMPTS}
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2, window in some layers", "Gemma 2", "Gemma 3, text", "Command-R"])
+def test_a_family_gives_the_same_logits_by_triton_and_by_the_cpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = FAMILIES[name]
+    reference = make_tiny(family, tmp_path / "model", num_hidden_layers=2 if "Gemma 3" not in name else 3)
+    adapters = [
+        make_peft_adapter(tmp_path / "first", reference, rank=5, target_modules=family.linears),
+        make_peft_adapter(tmp_path / "second", reference, rank=17, target_modules=family.linears[:1], seed=2),
+    ]
+    model = load_model(
+        tmp_path / "model", dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single()
+    )
+    weights = [
+        load_adapter_weights(folder, check_adapter(folder, model.config, max_rank=64), dtype=torch.float32)
+        for folder in adapters
+    ]
+    found = []
+    for interprets, make in ((False, AdapterSlots), (True, lambda model, count: PagedAdapterSlots(model, count, 64))):
+        monkeypatch.setattr(dispatch, "INTERPRETS", interprets)
+        slots = make(model, 2)
+        for slot, one in enumerate(weights):
+            slots.set(slot, one)
+        found.append(run(model, slots))
+    for prompt in PROMPTS:
+        assert (found[0][prompt] - found[1][prompt]).abs().max() < 1e-3, prompt
+    assert (found[0]["first"] - found[0]["base"][:1]).abs().max() > 0.1

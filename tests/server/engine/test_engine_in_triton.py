@@ -1,0 +1,50 @@
+"""The whole engine through Triton's interpreter: the tokens are those of the CPU's engine."""
+
+from pathlib import Path
+
+import pytest
+from engines import EngineBench
+from tiny_models import make_peft_adapter, make_tiny_llama
+
+from loraplex_kernels import dispatch
+
+REQUESTS = [
+    ("base", list(range(3, 20)), None),
+    ("one", [5, 6, 7], "narrow"),
+    ("other", list(range(40, 49)), "wide"),
+    ("again", [5, 6, 7, 9], "narrow"),
+]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> EngineBench:
+    model = make_tiny_llama(tmp_path / "model")
+    adapters = {
+        "narrow": make_peft_adapter(tmp_path / "narrow", model, rank=3),
+        "wide": make_peft_adapter(tmp_path / "wide", model, rank=20, target_modules=["q_proj", "down_proj"], seed=2),
+    }
+    return EngineBench(tmp_path / "model", adapters)
+
+
+def answers(bench: EngineBench, **settings: int) -> dict[str, tuple[list[int], list[float]]]:
+    bench.start(**settings)
+    for name, prompt, adapter in REQUESTS:
+        bench.add(name, prompt, adapter, max_new_tokens=5, ignore_eos=True)
+    bench.run()
+    bench.engine.blocks.check_integrity()
+    found = {name: bench.answer(name) for name, _, _ in REQUESTS}
+    bench.engine.close()
+    return {name: (answer.token_ids, answer.logprobs) for name, answer in found.items()}
+
+
+def test_the_engine_gives_the_same_tokens_by_triton_and_by_the_cpu(
+    bench: EngineBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One slot for two adapters, and prompts in chunks: adapters come and go between steps.
+    settings = {"max_resident_adapters": 1, "max_batch_prefill_tokens": 8}
+    truth = answers(bench, **settings)
+    monkeypatch.setattr(dispatch, "INTERPRETS", True)
+    ours = answers(bench, **settings)
+    for name, (token_ids, logprobs) in truth.items():
+        assert ours[name][0] == token_ids, name
+        assert ours[name][1] == pytest.approx(logprobs, abs=1e-3), name
