@@ -1,5 +1,6 @@
 """From settings and what was found to the processes to start; decides, and touches nothing."""
 
+import re
 import sys
 from dataclasses import dataclass, replace
 
@@ -8,7 +9,7 @@ from loraplex.launch_error import LaunchError
 from loraplex_models.config import ModelConfig
 from loraplex_models.registry import ARCHITECTURES
 from loraplex_quant.config import OnTheFly, QuantConfig, QuantConfigError, check_flag, settle_quantization
-from loraplex_server.config import DTYPES, EngineConfig, ServeConfig
+from loraplex_server.config import DTYPES, FAIRNESS_KEY_PATTERN, EngineConfig, ServeConfig
 from loraplex_server.machine import Machine
 from loraplex_server.messages import AdapterSpec
 
@@ -72,6 +73,9 @@ def check_served(settings: Settings) -> None:
             raise LaunchError(str(error)) from None
     if (engine.rope_scaling is None) != (engine.rope_factor is None):
         raise LaunchError("--rope-scaling and --rope-factor belong together: give both or neither")
+    fairness_key = settings.serve.api.fairness_key
+    if not re.fullmatch(FAIRNESS_KEY_PATTERN, fairness_key):
+        raise LaunchError(f"--fairness-key is '{fairness_key}': choose adapter, api-key, header:NAME or none")
 
 
 def make_plan(

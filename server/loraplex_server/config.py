@@ -19,6 +19,7 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+FAIRNESS_KEY_PATTERN = r"adapter|api-key|none|header:[A-Za-z0-9_-]+"
 DTYPES = ("float16", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -110,6 +111,9 @@ class ApiConfig:
     payload_limit: int = setting(2_000_000, "largest request body in bytes", minimum=1)
     cors_allow_origin: tuple[str, ...] = setting((), "allowed origins; none given allows any")
     api_key: tuple[str, ...] = setting((), "bearer key required on every route but health and metrics; repeatable")
+    fairness_key: str = setting(
+        "adapter", "whom waiting requests take turns between: adapter, api-key, header:NAME, or none (first come)"
+    )
     tokenizer_config_path: str | None = setting(None, "tokenizer_config.json to use instead of the model's")
     disable_grammar_support: bool = setting(False, "refuse grammars")
     graceful_termination_timeout: int = setting(90, "seconds to let running requests finish on SIGTERM", minimum=0)

@@ -84,6 +84,13 @@ class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     spec: AdapterSpec
 
 
+class KeepAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Have a digest ready although nobody waits for it, and evict it last; or treat it like the others again."""
+
+    digest: str
+    is_kept: bool
+
+
 class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Forget a digest; its memory is given back when no sequence uses it."""
 
@@ -126,8 +133,20 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_blocks: int = 0
     num_kv_blocks_used: int = 0  # held by sequences; blocks kept only for prefix hits are free
     num_running_tokens: int = 0  # tokens that the running sequences hold in the KV cache
+    num_adapters_registered: int = 0
+    num_adapters_in_host: int = 0
     num_adapters_resident: int = 0
+    adapter_host_bytes: int = 0
+    adapter_device_bytes: int = 0
     num_adapter_pins: int = 0
+    num_host_loads: int = 0  # adapters, since the last report; so for the four below
+    num_device_loads: int = 0
+    num_host_evictions: int = 0
+    num_device_evictions: int = 0
+    num_failed_loads: int = 0
+    host_load_s: list[float] = []
+    device_load_s: list[float] = []
+    adapter_wait_s: list[float] = []  # one value a request whose adapter was not on the device: arrival to first step
     resident_adapter_ids: list[str] = []
     running_adapters: dict[str, int] = {}
     waiting_adapters: dict[str, int] = {}
@@ -163,6 +182,8 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     dtype: str
     device: str
     max_loras: int
+    adapter_host_budget_bytes: int = 0
+    adapter_device_budget_bytes: int = 0
 
 
 class AdapterStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -171,11 +192,12 @@ class AdapterStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     adapter_id: str
     digest: str
     tier: Literal["disk", "host", "device", "gone"]
-    num_bytes: int = 0
+    num_bytes: int = 0  # in host memory
+    device_bytes: int = 0
     error: str | None = None
 
 
-ToEngine = GenerateRequest | AbortRequest | LoadAdapter | UnloadAdapter
+ToEngine = GenerateRequest | AbortRequest | LoadAdapter | KeepAdapter | UnloadAdapter
 FromEngine = StepOutput | EngineReady | AdapterStatus
 
 encode = msgspec.msgpack.Encoder().encode

@@ -1,6 +1,7 @@
 """Prometheus metrics of the API process, all named and described here; TGI's names, and ours for what TGI lacks."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from prometheus_client.exposition import generate_latest
 
 from loraplex_server.errors import GenerationFailed, IncompleteGeneration, LoraplexError, Overloaded
 from loraplex_server.messages import EngineReady, EngineStats
+from loraplex_server.vllm_metrics import escaped_label, render_vllm_metrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_ADAPTER_LABELS = 200
@@ -27,12 +29,17 @@ COUNTERS = {
     "loraplex_prompt_tokens": "prompt tokens of the sequences that started",
     "loraplex_prefix_hit_tokens": "prompt tokens found in the prefix cache",
     "loraplex_generated_tokens": "tokens generated",
+    "loraplex_adapter_loads": "adapters brought into a tier",
+    "loraplex_adapter_evictions": "adapters that left a tier",
+    "loraplex_adapter_load_failures": "adapters that could not be brought into a tier",
 }
 LABELLED = {
     "tgi_request_failure",
     "tgi_batch_inference_count",
     "tgi_batch_inference_success",
     "loraplex_adapter_requests",
+    "loraplex_adapter_loads",
+    "loraplex_adapter_evictions",
 }
 JOB_DURATIONS = {
     "tgi_request_duration": "seconds for a whole request",
@@ -41,6 +48,7 @@ JOB_DURATIONS = {
     "tgi_request_inference_duration": "seconds from a request's first step to its end",
     "tgi_request_mean_time_per_token_duration": "seconds of inference for each generated token of a request",
     "loraplex_time_to_first_token": "seconds from a request's arrival to its first token",
+    "loraplex_adapter_wait": "seconds from arrival to first step of a request whose adapter was not on the device",
 }
 STEP_DURATIONS = {
     "tgi_batch_inference_duration": "seconds of an engine step",
@@ -59,6 +67,28 @@ GAUGES = {
     "loraplex_kv_blocks_used": "KV blocks held by sequences",
     "loraplex_adapter_pins": "sequences that hold an adapter on the device",
     "loraplex_adapters_resident": "adapters on the device",
+    "loraplex_adapters_in_host": "adapters in host memory",
+    "loraplex_adapters_registered": "adapters whose files the engine knows",
+    "loraplex_adapter_host_bytes": "host memory that adapters take",
+    "loraplex_adapter_host_budget_bytes": "host memory that adapters may take",
+    "loraplex_adapter_device_bytes": "device memory that adapters take, in whole pages of their own ranks",
+    "loraplex_adapter_device_budget_bytes": "device memory that adapters may take",
+}
+# Gauges that are fields of EngineStats.
+STATS_GAUGES = {
+    "tgi_batch_current_size": "num_running",
+    "loraplex_running": "num_running",
+    "tgi_queue_size": "num_waiting",
+    "loraplex_waiting": "num_waiting",
+    "tgi_batch_current_max_tokens": "num_running_tokens",
+    "loraplex_waiting_for_adapter": "num_waiting_for_adapter",
+    "loraplex_kv_blocks_used": "num_kv_blocks_used",
+    "loraplex_adapter_pins": "num_adapter_pins",
+    "loraplex_adapters_resident": "num_adapters_resident",
+    "loraplex_adapters_in_host": "num_adapters_in_host",
+    "loraplex_adapters_registered": "num_adapters_registered",
+    "loraplex_adapter_host_bytes": "adapter_host_bytes",
+    "loraplex_adapter_device_bytes": "adapter_device_bytes",
 }
 
 
@@ -103,8 +133,7 @@ class _Counters:
 def _label_text(label: tuple[str, str] | None) -> str:
     if label is None:
         return ""
-    value = label[1].replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return f'{{{label[0]}="{value}"}}'
+    return f'{{{label[0]}="{escaped_label(label[1])}"}}'
 
 
 class JobMetrics:
@@ -140,7 +169,16 @@ class Metrics:
             for name, text in STEP_DURATIONS.items()
         }
         self._gauges = {name: Gauge(name, text, registry=self._registry) for name, text in GAUGES.items()}
+        self._load_durations = Histogram(
+            "loraplex_adapter_load_duration",
+            "seconds to bring an adapter into a tier",
+            ["tier"],
+            buckets=DURATION_BUCKETS,
+            registry=self._registry,
+        )
         self._lengths: dict[str, Histogram] = {}
+        self._limits: EngineReady | None = None
+        self._latest = EngineStats()
         self._skipped_tokens = Summary(
             "tgi_request_skipped_tokens", "speculated tokens accepted; none are speculated", registry=self._registry
         )
@@ -156,6 +194,9 @@ class Metrics:
             self._lengths[name] = Histogram(name, text, buckets=buckets, registry=self._registry)
         self._gauges["tgi_batch_max_total_tokens"].set(limits.max_batch_total_tokens)
         self._gauges["loraplex_kv_blocks"].set(limits.num_kv_blocks)
+        self._gauges["loraplex_adapter_host_budget_bytes"].set(limits.adapter_host_budget_bytes)
+        self._gauges["loraplex_adapter_device_budget_bytes"].set(limits.adapter_device_budget_bytes)
+        self._limits = limits
 
     @contextmanager
     def job(self) -> Iterator[JobMetrics]:
@@ -197,16 +238,20 @@ class Metrics:
 
     def observe_stats(self, stats: EngineStats) -> None:
         """Take over the engine's gauges and add what it counted."""
-        gauges = self._gauges
-        for name in ("tgi_batch_current_size", "loraplex_running"):
-            gauges[name].set(stats.num_running)
-        for name in ("tgi_queue_size", "loraplex_waiting"):
-            gauges[name].set(stats.num_waiting)
-        gauges["tgi_batch_current_max_tokens"].set(stats.num_running_tokens)
-        gauges["loraplex_waiting_for_adapter"].set(stats.num_waiting_for_adapter)
-        gauges["loraplex_kv_blocks_used"].set(stats.num_kv_blocks_used)
-        gauges["loraplex_adapter_pins"].set(stats.num_adapter_pins)
-        gauges["loraplex_adapters_resident"].set(stats.num_adapters_resident)
+        self._latest = stats
+        for name, field in STATS_GAUGES.items():
+            self._gauges[name].set(getattr(stats, field))
+        for tier, loads, evictions, seconds in (
+            ("host", stats.num_host_loads, stats.num_host_evictions, stats.host_load_s),
+            ("device", stats.num_device_loads, stats.num_device_evictions, stats.device_load_s),
+        ):
+            self._counters.add("loraplex_adapter_loads", loads, ("tier", tier))
+            self._counters.add("loraplex_adapter_evictions", evictions, ("tier", tier))
+            for value in seconds:
+                self._load_durations.labels(tier).observe(value)
+        self._counters.add("loraplex_adapter_load_failures", stats.num_failed_loads)
+        for value in stats.adapter_wait_s:
+            self._durations["loraplex_adapter_wait"].observe(value)
         self._counters.add("loraplex_preemptions", stats.num_preemptions)
         self._counters.add("loraplex_prompt_tokens", stats.num_prompt_tokens)
         self._counters.add("loraplex_prefix_hit_tokens", stats.num_cached_tokens)
@@ -222,7 +267,8 @@ class Metrics:
 
     def render(self) -> bytes:
         """All series in Prometheus' text format."""
-        return generate_latest(self._registry) + self._counters.render().encode()
+        routers = "" if self._limits is None else render_vllm_metrics(self._latest, self._limits, time.time())
+        return generate_latest(self._registry) + (self._counters.render() + routers).encode()
 
     def _observe_steps(self, name: str, method: str, seconds: list[float]) -> None:
         if seconds:

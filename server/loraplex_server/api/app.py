@@ -21,6 +21,7 @@ from loraplex_server.api.routes import (
     tokenize,
 )
 from loraplex_server.api.state import ApiState
+from loraplex_server.api.tenants import Tenants
 from loraplex_server.errors import LoraplexError
 
 ROUTES = [
@@ -75,6 +76,7 @@ def build_app(state: ApiState) -> Starlette:
             ),
             Middleware(ApiKeys, keys=config.api_key and (*config.api_key, *admin_keys)),
             Middleware(BodyLimit, limit=config.payload_limit),
+            Middleware(Tenants, fairness_key=config.fairness_key),
         ],
         exception_handlers={
             LoraplexError: handle_loraplex_error,

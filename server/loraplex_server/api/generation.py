@@ -13,6 +13,7 @@ from loraplex_server.api.admission import Admission, AdmittedJob, new_seed
 from loraplex_server.api.client import EngineClient
 from loraplex_server.api.job import Completion, FinishedJob, FinishedSequence, GenerationJob, TextDelta, Token
 from loraplex_server.api.sequence_text import SequenceText
+from loraplex_server.api.tenants import tenant
 from loraplex_server.errors import IncompleteGeneration, LoraplexError
 from loraplex_server.messages import GenerateRequest, TokenOutput
 from loraplex_server.metrics import Metrics, Timings
@@ -103,6 +104,7 @@ class Generator:
             adapter_id=adapter.spec.adapter_id if adapter else None,
             adapter_digest=adapter.spec.digest if adapter else None,
             cache_salt=adapter.scope if adapter else None,
+            tenant=tenant.get(),
             arrival_time=submitted,
         )
         async with aclosing(self._client.submit(request)) as batches:

@@ -1,6 +1,7 @@
 """The engine: requests in, tokens out, a step at a time. It knows no sockets and no model, only plans and results."""
 
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -32,6 +33,7 @@ class Engine:
         num_kv_blocks: int,
         end_token_ids: frozenset[int],
         grammars: GrammarLibrary | None = None,
+        device_bytes_of: Callable[[AdapterSpec], int] = lambda spec: spec.num_bytes,
     ):
         self.blocks = BlockManager(num_kv_blocks, config.block_size, prefix_caching=config.prefix_caching)
         budgets = settle_adapter_budgets(config.adapters, config.device)
@@ -39,6 +41,7 @@ class Engine:
             config.adapters.max_resident_adapters,
             host_budget_bytes=budgets.host_bytes,
             device_budget_bytes=budgets.device_bytes,
+            device_bytes_of=device_bytes_of,
         )
         self.scheduler = Scheduler(
             self.blocks,
@@ -61,7 +64,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step could do something, now or when an adapter has arrived."""
-        return bool(self._sequences or self._refused or self.adapters.has_ops or self.adapters.num_loading)
+        adapters = self.adapters
+        return bool(self._sequences or self._refused or adapters.has_ops or adapters.num_loading)
 
     def add(self, request: GenerateRequest) -> None:
         """Take in a request; a reason why it cannot run comes with the next step's output."""
@@ -92,6 +96,10 @@ class Engine:
     def unload_adapter(self, digest: str) -> None:
         """Forget an adapter version; sequences that use it go on to their end."""
         self.adapters.forget(digest)
+
+    def keep_adapter(self, digest: str, is_kept: bool) -> None:
+        """Have an adapter version ready although nobody waits for it, and evicted last; or no longer."""
+        self.adapters.keep(digest, is_kept)
 
     def close(self) -> None:
         """Stop the ranks and their threads; no step may follow."""

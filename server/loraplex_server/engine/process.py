@@ -10,10 +10,11 @@ import torch
 
 from loraplex_kernels.warm_up import warm_up
 from loraplex_models.adapters.finish import check_against_base
-from loraplex_models.adapters.manifest import ManifestError, check_adapter
+from loraplex_models.adapters.manifest import ManifestError, check_adapter, module_shapes
+from loraplex_models.adapters.pages import footprint, page_bytes
 from loraplex_models.adapters.weights import AdapterWeights, load_adapter_weights
 from loraplex_models.checkpoint import CheckpointError
-from loraplex_models.config import ModelConfigError, read_config
+from loraplex_models.config import ModelConfig, ModelConfigError, read_config
 from loraplex_models.decoder import CausalLM
 from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
@@ -29,8 +30,10 @@ from loraplex_server.engine.worker import Worker
 from loraplex_server.link import EngineLink
 from loraplex_server.messages import (
     AbortRequest,
+    AdapterSpec,
     EngineReady,
     GenerateRequest,
+    KeepAdapter,
     LoadAdapter,
     SamplingParams,
     ToEngine,
@@ -92,7 +95,16 @@ def build_engine(config: EngineConfig, model: CausalLM, limits: Limits) -> Engin
         num_kv_blocks=limits.num_kv_blocks,
         end_token_ids=end_token_ids,
         grammars=grammars,
+        device_bytes_of=_device_bytes_of(model.config, dtype.itemsize),
     )
+
+
+def _device_bytes_of(config: ModelConfig, itemsize: int) -> Callable[[AdapterSpec], int]:
+    """What an adapter takes on the device: its own ranks, in whole pages."""
+    sizes = page_bytes(module_shapes(config), config.num_layers, itemsize)
+    ends = {"embed_tokens": (config.vocab_size, config.hidden_size), "lm_head": (config.hidden_size, config.vocab_size)}
+    sizes |= page_bytes(ends, 1, itemsize)
+    return lambda spec: footprint(spec.rank_rows, spec.dense_elements, sizes, itemsize).num_bytes
 
 
 def resolve_device(name: str) -> str:
@@ -142,7 +154,7 @@ def run(config: ServeConfig, control: ControlLine) -> int:
     for spec in config.engine.adapters.sources:
         engine.load_adapter(spec)
     link = EngineLink(config.link_address)
-    link.send(_ready(config.engine, model, limits))
+    link.send(_ready(config.engine, model, limits, engine.adapters))
     control.send("ready", report=_capacity_report(config.engine, model, limits, engine.adapters))
     try:
         _loop(engine, link, control, stopping)
@@ -190,6 +202,8 @@ def _loop(engine: Engine, link: EngineLink, control: ControlLine, stopping: list
         for message in link.receive():
             _take(engine, message)
         output = engine.step()
+        for status in engine.adapters.take_statuses():
+            link.send(status)
         if output is not None:
             link.send(output)
         elif engine.has_work:
@@ -206,6 +220,8 @@ def _take(engine: Engine, message: ToEngine) -> None:
             engine.abort(request_id)
         case LoadAdapter(spec=spec):
             engine.load_adapter(spec)
+        case KeepAdapter(digest=digest, is_kept=is_kept):
+            engine.keep_adapter(digest, is_kept)
         case UnloadAdapter(digest=digest):
             engine.unload_adapter(digest)
 
@@ -216,7 +232,7 @@ def _answer_pings(control: ControlLine) -> None:
             control.send("pong", **{key: value for key, value in event.items() if key != "event"})
 
 
-def _ready(config: EngineConfig, model: CausalLM, limits: Limits) -> EngineReady:
+def _ready(config: EngineConfig, model: CausalLM, limits: Limits, adapters: AdapterManager) -> EngineReady:
     return EngineReady(
         max_input_tokens=limits.max_input_tokens,
         max_total_tokens=limits.max_total_tokens,
@@ -230,6 +246,8 @@ def _ready(config: EngineConfig, model: CausalLM, limits: Limits) -> EngineReady
         dtype=str(resolve_dtype(config.dtype, model.config.dtype)).removeprefix("torch."),
         device=resolve_device(config.device),
         max_loras=config.adapters.max_resident_adapters,
+        adapter_host_budget_bytes=adapters.host.budget_bytes,
+        adapter_device_budget_bytes=adapters.device.budget_bytes,
     )
 
 

@@ -78,6 +78,7 @@ class Scheduler:
         reason = self._adapters.expect(digest) if digest else None
         if reason is None:
             sequence.waiting_since = self._clock()
+            sequence.is_cold = not self._is_ready(digest)
             self.waiting.add(sequence)
         return reason
 
@@ -240,7 +241,7 @@ class Scheduler:
         """Have the adapters of the waiting sequences loaded, in the order of their turns."""
         self._no_room = None
         lanes = [lane for lane in self.waiting.lanes() if lane.digest is not None]
-        if all(self._is_ready(lane.digest) for lane in lanes):
+        if all(self._is_ready(lane.digest) for lane in lanes) and not self._adapters.is_short_of_kept:
             return
         lanes.sort(key=lambda lane: self._turn_of(lane, now))
         wanted: dict[str, bool] = {}

@@ -39,6 +39,7 @@ class Sequence:
     slot: int = -1
     status: Status = Status.WAITING
     first_run_time: float | None = None
+    is_cold: bool = False  # its adapter was not on the device when it arrived
     waiting_since: float = 0.0  # the scheduler's clock
     running_since: float = 0.0
     num_tokens_at_start: int = 0  # when it began to run, last time

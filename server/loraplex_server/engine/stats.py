@@ -27,6 +27,7 @@ class StatsCollector:
         self._num_generated_tokens = 0
         self._num_cached_tokens = 0
         self._num_preemptions = 0
+        self._adapter_wait_s: list[float] = []
 
     def count_step(self, plan: StepPlan, result: StepResult, step_s: float) -> None:
         """Take in one step that computed tokens."""
@@ -40,11 +41,15 @@ class StatsCollector:
         """Take in a sequence that gave its first token; what is computed again after a preemption counts once."""
         self._num_prompt_tokens += sequence.num_prompt_tokens
         self._num_cached_tokens += sequence.num_cached_tokens
+        if sequence.is_cold:
+            self._adapter_wait_s.append(max((sequence.first_run_time or 0.0) - sequence.request.arrival_time, 0.0))
 
     def report(self, scheduler: Scheduler, blocks: BlockManager, adapters: AdapterManager) -> EngineStats:
         """Gauges of now and the counts since the last report."""
         preemptions = scheduler.num_preemptions - self._num_preemptions
         loading = [s for s in scheduler.waiting if _waits_for_adapter(s, adapters)]
+        resident_ids = adapters.resident_ids()
+        loads = adapters.take_counts()
         stats = EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -52,9 +57,21 @@ class StatsCollector:
             num_kv_blocks=blocks.num_blocks,
             num_kv_blocks_used=blocks.num_used,
             num_running_tokens=sum(len(s.token_ids) for s in scheduler.running),
-            num_adapters_resident=len(adapters.resident_ids()),
+            num_adapters_registered=adapters.num_registered,
+            num_adapters_in_host=len(adapters.host),
+            num_adapters_resident=len(resident_ids),
+            adapter_host_bytes=adapters.host.used_bytes,
+            adapter_device_bytes=adapters.device.used_bytes,
             num_adapter_pins=adapters.num_pins,
-            resident_adapter_ids=adapters.resident_ids(),
+            num_host_loads=loads.host_loads,
+            num_device_loads=loads.device_loads,
+            num_host_evictions=loads.host_evictions,
+            num_device_evictions=loads.device_evictions,
+            num_failed_loads=loads.failed_loads,
+            host_load_s=loads.host_load_s,
+            device_load_s=loads.device_load_s,
+            adapter_wait_s=self._adapter_wait_s,
+            resident_adapter_ids=resident_ids,
             running_adapters=_adapter_counts(scheduler.running),
             waiting_adapters=_adapter_counts(scheduler.waiting),
             num_preemptions=preemptions,

@@ -286,3 +286,45 @@ def test_ten_thousand_registered_adapters_take_less_than_a_hundred_megabytes():
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert taken < 20_000_000
+
+
+def test_every_change_of_tier_is_told_once_and_the_latest_counts():
+    made = manager(host=2 * SIZE, num_slots=1)
+    used(made, "a")
+    (status,) = made.take_statuses()
+    assert (status.digest, status.tier, status.num_bytes, status.device_bytes) == ("a", "device", SIZE, SIZE)
+    used(made, "b")
+    used(made, "c")
+    assert {s.digest: s.tier for s in made.take_statuses()} == {"a": "disk", "b": "host", "c": "device"}
+    assert made.take_statuses() == []
+    made.forget("c")
+    assert [(s.digest, s.tier) for s in made.take_statuses()] == [("c", "gone")]
+    made.expect("a")
+    made.want({"a": False})
+    made.finished(FinishedLoad("a", "host", 0, "file gone"))
+    assert made.take_statuses()[-1].error == "file gone"
+
+
+def test_a_kept_adapter_is_loaded_unasked_and_leaves_only_for_one_that_presses():
+    made = manager(num_slots=1)
+    made.keep("a", True)
+    assert made.is_short_of_kept
+    for _ in range(2):
+        made.want({})
+        for kind, loaded, _ in ops(made):
+            if kind.endswith("load") and not kind.startswith("slot"):
+                made.finished(FinishedLoad(loaded, "host" if kind == "host_load" else "device", SIZE, None))
+    assert made.is_ready("a") and not made.is_short_of_kept
+    made.expect("b")
+    load(made, "b")
+    assert made.is_ready("a")
+    load(made, "b", presses=True)
+    assert made.is_ready("b") and made.is_short_of_kept
+
+
+def test_a_kept_adapter_that_cannot_be_loaded_is_not_tried_for_ever():
+    made = manager()
+    made.keep("a", True)
+    made.want({})
+    made.finished(FinishedLoad("a", "host", 0, "file gone"))
+    assert not made.is_short_of_kept

@@ -5,7 +5,7 @@ import pytest
 
 from loraplex_server.config import EngineConfig
 from loraplex_server.engine import memory
-from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_limits
+from loraplex_server.engine.memory import Limits, NotEnoughMemory, num_bytes_of, settle_limits
 from loraplex_server.machine import Machine
 
 BLOCK_BYTES = 1000
@@ -68,3 +68,17 @@ def test_no_memory_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     free_memory(monkeypatch, BLOCK_BYTES)
     with pytest.raises(NotEnoughMemory, match="--kv-memory-fraction"):
         settle()
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("4GiB", 4 * 2**30), ("512 MiB", 2**29), ("1.5kb", 1500), ("100", 100), ("0.25", 250), (".5", 500), ("1.0", 1000)],
+)
+def test_a_budget_is_bytes_with_a_unit_or_a_share(text: str, num_bytes: int) -> None:
+    assert num_bytes_of(text, 1000, "--flag") == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "4 giga", "1.5.2GiB", "50%"])
+def test_what_is_no_budget_is_refused_with_the_flag(text: str) -> None:
+    with pytest.raises(NotEnoughMemory, match="--flag"):
+        num_bytes_of(text, 1000, "--flag")

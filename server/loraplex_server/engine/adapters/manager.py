@@ -6,14 +6,14 @@ report when a load has ended. Loads run in the ranks' threads beside the steps: 
 tier has taken its bytes there, and is in it once every rank has reported.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from loraplex_server.engine.adapters.host_cache import FinishedLoad
 from loraplex_server.engine.adapters.tier_pool import TierPool
 from loraplex_server.engine.step import AdapterOp
-from loraplex_server.messages import AdapterSpec
+from loraplex_server.messages import AdapterSpec, AdapterStatus
 
 Tier = Literal["disk", "loading", "host", "entering", "device"]
 
@@ -28,17 +28,28 @@ HOST_LOAD_OVERHEAD_BYTES = 4 * 1024 * 1024
 DEVICE_LOAD_OVERHEAD_BYTES = 2 * 1024 * 1024
 MIB = 1024 * 1024
 
+# What is on its way into a tier is not in it yet.
+_REPORTED: dict[Tier, Literal["disk", "host", "device"]] = {
+    "disk": "disk",
+    "loading": "disk",
+    "host": "host",
+    "entering": "host",
+    "device": "device",
+}
+
 
 @dataclass(slots=True, eq=False)
 class AdapterRecord:
     """One adapter version, by the digest of its content."""
 
     spec: AdapterSpec
-    num_bytes: int  # in memory: as the header says, then as it was loaded
+    num_bytes: int  # in host memory: as the header says, then as it was loaded
+    device_bytes: int
     tier: Tier = "disk"
     slot: int = -1
     num_pins: int = 0  # sequences running with it
     num_waiting: int = 0  # sequences that will need it
+    is_kept: bool = False  # loaded without being waited for, and evicted last
     is_forgotten: bool = False  # unloaded by name; goes when nobody uses it
 
 
@@ -56,13 +67,26 @@ class LoadCounts:
 
 
 class AdapterManager:
-    """Rank 0's view of all adapters, keyed by content digest."""
+    """Rank 0's view of all adapters, keyed by content digest.
 
-    def __init__(self, num_slots: int, *, host_budget_bytes: int, device_budget_bytes: int):
+    `device_bytes_of` says what an adapter takes on the device; without it that is what its tensors take in the file.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        *,
+        host_budget_bytes: int,
+        device_budget_bytes: int,
+        device_bytes_of: Callable[[AdapterSpec], int] = lambda spec: spec.num_bytes,
+    ):
         self.host = TierPool(host_budget_bytes, HOST_LOAD_OVERHEAD_BYTES)
         self.device = TierPool(device_budget_bytes, DEVICE_LOAD_OVERHEAD_BYTES)
         self.num_pins = 0  # sequences running with an adapter
+        self._device_bytes_of = device_bytes_of
         self._records: dict[str, AdapterRecord] = {}
+        self._kept: dict[str, None] = {}
+        self._statuses: dict[str, AdapterStatus] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._num_loading = 0
         self._num_entering = 0
@@ -74,7 +98,7 @@ class AdapterManager:
         """Make a version known. Knowing it again by the same digest changes nothing but its name."""
         record = self._records.get(spec.digest)
         if record is None:
-            self._records[spec.digest] = AdapterRecord(spec, spec.num_bytes)
+            self._records[spec.digest] = AdapterRecord(spec, spec.num_bytes, self._device_bytes_of(spec))
         else:
             record.spec = spec
             record.is_forgotten = False
@@ -86,12 +110,22 @@ class AdapterManager:
             record.is_forgotten = True
             self._drop_if_unused(record)
 
+    def keep(self, digest: str, is_kept: bool) -> None:
+        """Have a version loaded although nobody waits for it, and evicted last; or treat it like the others again."""
+        record = self._records.get(digest)
+        if record is not None:
+            record.is_kept = is_kept
+            if is_kept:
+                self._kept[digest] = None
+            else:
+                self._kept.pop(digest, None)
+
     def expect(self, digest: str) -> str | None:
         """A sequence that needs this version has arrived. Returns the reason if that is in vain."""
         record = self._records.get(digest)
         if record is None:
             return "the adapter is not known to the engine; it may have been unloaded"
-        reason = self._too_large(record.num_bytes)
+        reason = self._too_large(record.num_bytes, record.device_bytes)
         if reason is None:
             record.num_waiting += 1
         return reason
@@ -107,9 +141,12 @@ class AdapterManager:
 
         The value tells whether a version presses: only then may it take the place of idle ones that are needed later,
         and no load may pass it. What nobody waits for goes first. Returns the first that presses and finds no room.
+        Those that are kept are wanted after all others.
         """
+        wanted = dict(wanted) | {d: False for d in self._kept if d not in wanted and not self.is_ready(d)}
         crowded_out: str | None = None
-        nearness = {digest: len(wanted) - index for index, digest in enumerate(wanted)}
+        # Not wanted: 0. Who does not press has the limit 1, and so only takes the place of those.
+        nearness = {digest: len(wanted) - index + 1 for index, digest in enumerate(wanted)}
         host_is_open = device_is_open = True
         for digest in list(wanted)[:PREFETCH_WINDOW]:
             record, presses = self._records[digest], wanted[digest]
@@ -172,6 +209,16 @@ class AdapterManager:
         ops, self._ops = self._ops, []
         return ops
 
+    def take_statuses(self) -> list[AdapterStatus]:
+        """The latest of each version whose tier has changed since the last call, or whose load has failed."""
+        statuses, self._statuses = self._statuses, {}
+        return [*statuses.values()]
+
+    @property
+    def is_short_of_kept(self) -> bool:
+        """Whether a version that is to be kept is not on the device."""
+        return any(not self.is_ready(digest) for digest in self._kept)
+
     @property
     def has_ops(self) -> bool:
         """Whether the ranks have something to do."""
@@ -223,7 +270,7 @@ class AdapterManager:
 
     def _start_device_load(self, record: AdapterRecord, nearness: Mapping[str, int], limit: int) -> bool:
         victims = self.device.victims(
-            record.num_bytes,
+            record.device_bytes,
             lambda digest: self._standing(digest, nearness, limit),
             at_least=0 if self._free_slots else 1,
         )
@@ -231,7 +278,7 @@ class AdapterManager:
             return False
         for digest in victims:
             self._leave_slot(self._records[digest])
-        self.device.add(record.spec.digest, record.num_bytes)
+        self.device.add(record.spec.digest, record.device_bytes)
         record.slot, record.tier = self._free_slots.pop(), "entering"
         self._num_entering += 1
         self._ops.append(AdapterOp(kind="device_load", digest=record.spec.digest))
@@ -243,23 +290,25 @@ class AdapterManager:
         if record.num_pins or record.tier in ("loading", "entering"):
             return None
         need = nearness.get(digest, 0)
+        if record.is_kept:
+            return limit if limit > 1 else None
         return need if need < limit else None
 
     def _finish_host_load(self, record: AdapterRecord, load: FinishedLoad) -> None:
         self._num_loading -= 1
         # What the header has promised may be more in the type of the computation.
-        reason = load.error or self._too_large(load.num_bytes)
+        reason = load.error or self._too_large(load.num_bytes, record.device_bytes)
         if reason is not None:
             if load.error is None:
                 self._ops.append(AdapterOp(kind="host_evict", digest=load.digest))
             self.host.remove(load.digest)
             record.tier = "disk"
-            self._failed.append((load.digest, reason))
-            self._counts.failed_loads += 1
+            self._fail(record, reason)
             return
         record.tier = "host"
         record.num_bytes = load.num_bytes
         self.host.resize(load.digest, load.num_bytes)
+        self._report(record)
         self._counts.host_loads += 1
         self._counts.host_load_s.append(load.seconds)
 
@@ -269,16 +318,38 @@ class AdapterManager:
             self.device.remove(load.digest)
             self._free_slots.append(record.slot)
             record.slot, record.tier = -1, "host"
-            self._failed.append((load.digest, load.error))
-            self._counts.failed_loads += 1
+            self._fail(record, load.error)
             return
         record.tier = "device"
+        self._report(record)
         self._ops.append(AdapterOp(kind="slot_load", digest=load.digest, slot=record.slot))
         self._counts.device_loads += 1
         self._counts.device_load_s.append(load.seconds)
 
-    def _too_large(self, num_bytes: int) -> str | None:
-        for pool, flag in ((self.host, "--adapter-host-memory"), (self.device, "--adapter-device-memory")):
+    def _fail(self, record: AdapterRecord, reason: str) -> None:
+        digest = record.spec.digest
+        self._failed.append((digest, reason))
+        self._counts.failed_loads += 1
+        self.keep(digest, False)  # or it would be tried again and again
+        self._report(record, reason)
+
+    def _report(self, record: AdapterRecord, error: str | None = None) -> None:
+        spec = record.spec
+        tier = _REPORTED[record.tier]
+        self._statuses[spec.digest] = AdapterStatus(
+            adapter_id=spec.adapter_id,
+            digest=spec.digest,
+            tier=tier,
+            num_bytes=record.num_bytes if tier != "disk" else 0,
+            device_bytes=record.device_bytes if tier == "device" else 0,
+            error=error,
+        )
+
+    def _too_large(self, host_bytes: int, device_bytes: int) -> str | None:
+        for pool, num_bytes, flag in (
+            (self.host, host_bytes, "--adapter-host-memory"),
+            (self.device, device_bytes, "--adapter-device-memory"),
+        ):
             if num_bytes > pool.budget_bytes:
                 return (
                     f"it takes {num_bytes / MIB:.1f} MiB, more than the {pool.budget_bytes / MIB:.1f} MiB "
@@ -292,6 +363,7 @@ class AdapterManager:
         self.device.remove(digest)
         self._free_slots.append(record.slot)
         record.slot, record.tier = -1, "host"
+        self._report(record)
         self._counts.device_evictions += 1
 
     def _leave_host(self, record: AdapterRecord) -> None:
@@ -300,6 +372,7 @@ class AdapterManager:
         self._ops.append(AdapterOp(kind="host_evict", digest=record.spec.digest))
         self.host.remove(record.spec.digest)
         record.tier = "disk"
+        self._report(record)
         self._counts.host_evictions += 1
 
     def _drop_if_unused(self, record: AdapterRecord) -> None:
@@ -307,4 +380,7 @@ class AdapterManager:
             return
         if record.tier != "disk":
             self._leave_host(record)
-        del self._records[record.spec.digest]
+        spec = record.spec
+        self._statuses[spec.digest] = AdapterStatus(adapter_id=spec.adapter_id, digest=spec.digest, tier="gone")
+        self._kept.pop(spec.digest, None)
+        del self._records[spec.digest]
