@@ -24,12 +24,14 @@ class PagedModel:
         random.Random(7).shuffle(self._free)
         self._tokens: dict[str, list[int]] = {}
         self._slot: dict[str, int] = {}
+        self._adapter_start: dict[str, int] = {}
         self._done: dict[str, int] = {}
         self._blocks: dict[str, list[int]] = {}
         self._logits: dict[str, list[Tensor]] = {}
 
-    def add(self, name: str, tokens: list[int], slot: int = -1) -> None:
-        self._tokens[name], self._slot[name] = tokens, slot
+    def add(self, name: str, tokens: list[int], slot: int = -1, *, adapter_start: int = 0) -> None:
+        """Add a sequence; its tokens before `adapter_start` are the base's."""
+        self._tokens[name], self._slot[name], self._adapter_start[name] = tokens, slot, adapter_start
         self._done[name], self._blocks[name], self._logits[name] = 0, [], []
 
     def logits(self, name: str) -> Tensor:
@@ -51,6 +53,7 @@ class PagedModel:
         positions: list[int] = []
         cells: list[int] = []
         starts, lengths = [0], []
+        borders, slots = [0], []
         for name in names:
             first = self._done[name]
             last = first + counts[name]
@@ -60,12 +63,15 @@ class PagedModel:
             positions += range(first, last)
             blocks = self._blocks[name]
             cells += [blocks[p // self.block_size] * self.block_size + p % self.block_size for p in range(first, last)]
+            asleep = max(0, min(last, self._adapter_start[name]) - first)
+            borders += [starts[-1] + asleep, len(token_ids)]
+            slots += [-1, self._slot[name]]
             starts.append(len(token_ids))
             lengths.append(last)
             self._done[name] = last
         width = max(len(self._blocks[name]) for name in names)
         table = [self._blocks[name] + [0] * (width - len(self._blocks[name])) for name in names]
-        lora = self.slots.route(starts, [self._slot[name] for name in names]) if self.slots else None
+        lora = self.slots.route(borders, slots) if self.slots else None
         batch = ForwardBatch(
             token_ids=torch.tensor(token_ids),
             positions=torch.tensor(positions),

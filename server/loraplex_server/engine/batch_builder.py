@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loraplex_models.adapters.slots import AdapterSlots
+from loraplex_models.adapters.slots import NO_SLOT, AdapterSlots
 from loraplex_models.forward import AttentionBatch, ForwardBatch
 from loraplex_server.engine.step import ScheduledSequence, StepPlan
 
@@ -82,11 +82,17 @@ def _sample_rows(sequences: list[ScheduledSequence], query_start: NDArray[np.int
 
 def _segments(sequences: list[ScheduledSequence]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Neighbouring tokens of one adapter: N + 1 borders and N slots."""
-    borders, slots = [0], [sequences[0].slot]
+    borders, slots = [0], [NO_SLOT if sequences[0].num_base_tokens else sequences[0].slot]
     end = 0
     for sequence in sequences:
-        if sequence.slot != slots[-1]:
+        if sequence.num_base_tokens:
+            if slots[-1] != NO_SLOT:
+                borders.append(end)
+                slots.append(NO_SLOT)
+            end += sequence.num_base_tokens
+        num_adapted = len(sequence.token_ids) - sequence.num_base_tokens
+        if sequence.slot != slots[-1] and num_adapted:
             borders.append(end)
             slots.append(sequence.slot)
-        end += len(sequence.token_ids)
+        end += num_adapted
     return (*borders, end), tuple(slots)

@@ -35,6 +35,15 @@ def root_hash(adapter_digest: str | None, cache_salt: str | None = None) -> byte
     return blake2b((name if cache_salt is None else f"{name}\n{cache_salt}").encode(), digest_size=16).digest()
 
 
+def activation_hash(parent: bytes, adapter_digest: str, position: int) -> bytes:
+    """The parent of the first block that an adapter acts in, where the tokens before `position` are the base's.
+
+    `parent` is the block before it, or the base's root. The position is part of the name: which occurrence of its
+    invocation wakes an adapter depends on tokens that may come after the block.
+    """
+    return blake2b(f"{position}:{adapter_digest}".encode(), key=parent, digest_size=16).digest()
+
+
 class BlockManager:
     """The owner of all KV blocks; knows nothing of sequences but their tokens and block ids."""
 

@@ -69,7 +69,7 @@ class Engine:
 
     def add(self, request: GenerateRequest) -> None:
         """Take in a request; a reason why it cannot run comes with the next step's output."""
-        sequence = new_sequence(request, self._num_arrived)
+        sequence = new_sequence(request, self._num_arrived, self.adapters.invocation_of(request.adapter_digest))
         self._num_arrived += 1
         self._has_news = True
         self._sequences[request.request_id] = sequence

@@ -371,4 +371,5 @@ def _scheduled(sequence: Sequence, count: int, new_block_ids: list[int]) -> Sche
         slot=sequence.slot,
         samples=end == len(sequence.token_ids),
         target_ids=targets,
+        num_base_tokens=sequence.num_base_tokens(count),
     )

@@ -4,7 +4,9 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from enum import Enum
 
-from loraplex_server.engine.block_manager import hash_block, root_hash
+import msgspec
+
+from loraplex_server.engine.block_manager import activation_hash, hash_block, root_hash
 from loraplex_server.messages import GenerateRequest, TopLogprob
 
 
@@ -30,6 +32,7 @@ class Sequence:
     tenant: str  # with whom it shares its turn
     token_ids: list[int]
     num_prompt_tokens: int
+    adapter_start: int = 0  # tokens before this position are the base's: an activated adapter is still asleep
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
@@ -66,23 +69,49 @@ class Sequence:
         """The next `count` tokens to compute."""
         return self.token_ids[self.num_computed_tokens : self.num_computed_tokens + count]
 
+    def num_base_tokens(self, count: int) -> int:
+        """How many of the next `count` tokens to compute are the base's."""
+        return max(0, min(count, self.adapter_start - self.num_computed_tokens))
+
     def hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
-        """The names of the first `num_blocks` full blocks; tokens are only ever appended, so they stay valid."""
+        """The names of the first `num_blocks` full blocks; tokens are only ever appended, so they stay valid.
+
+        Blocks before the start of an activated adapter have the base's names: they are the same.
+        """
         known = self.block_hashes
+        digest = self.request.adapter_digest
         for index in range(len(known), num_blocks):
-            parent = known[-1] if known else root_hash(self.request.adapter_digest, self.request.cache_salt)
+            parent = known[-1] if known else root_hash(None if self.adapter_start else digest, self.request.cache_salt)
+            if digest and self.adapter_start and index == self.adapter_start // block_size:
+                parent = activation_hash(parent, digest, self.adapter_start)
             known.append(hash_block(parent, self.token_ids[index * block_size : (index + 1) * block_size]))
         return known[:num_blocks]
 
 
-def new_sequence(request: GenerateRequest, order: int) -> Sequence:
-    """A waiting sequence for a request."""
+def last_occurrence(token_ids: Tokens[int], wanted: Tokens[int]) -> int | None:
+    """Where `wanted` (not empty) begins for the last time; None if it does not occur."""
+    for start in range(len(token_ids) - len(wanted), -1, -1):
+        if token_ids[start] == wanted[0] and list(token_ids[start : start + len(wanted)]) == list(wanted):
+            return start
+    return None
+
+
+def new_sequence(request: GenerateRequest, order: int, invocation_token_ids: Tokens[int] = ()) -> Sequence:
+    """A waiting sequence for a request.
+
+    With invocation tokens its adapter acts from their last occurrence in the prompt on, as in PEFT; where they do not
+    occur the sequence is one of the base.
+    """
+    adapter_start = last_occurrence(request.prompt_token_ids, invocation_token_ids) if invocation_token_ids else 0
+    if adapter_start is None:
+        request = msgspec.structs.replace(request, adapter_digest=None)
     return Sequence(
         request=request,
         order=order,
         tenant=(request.adapter_id or "") if request.tenant is None else request.tenant,
         token_ids=list(request.prompt_token_ids),
         num_prompt_tokens=len(request.prompt_token_ids),
+        adapter_start=adapter_start or 0,
         prompt_logprobs=[None] if request.sampling.prompt_logprobs else None,
         prompt_top_logprobs=[[]] if request.sampling.num_prompt_logprobs else [],
     )

@@ -46,6 +46,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, kw_only=True):
     slot: int  # adapter slot, -1 for the base
     samples: bool
     target_ids: list[int] = []
+    num_base_tokens: int = 0  # so many of the tokens, from the first on, are the base's: an adapter that still sleeps
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):

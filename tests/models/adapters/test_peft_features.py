@@ -4,7 +4,7 @@ import copy
 import random
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,8 @@ FEATURES = {
     ),
     "trainable tokens, tied base": Feature({"trainable_token_indices": [300, 7, 12]}, base="tied"),
     "BD-LoRA": Feature({"use_bdlora": BLOCKS}),
+    "aLoRA": Feature({"alora_invocation_tokens": [401, 402]}),
+    "aLoRA with lora_bias": Feature({"alora_invocation_tokens": [5], "lora_bias": True}, targets=("k_proj", "lm_head")),
     "q only, rank 1": Feature({"r": 1, "lora_alpha": 1}, targets=("q_proj",)),
     "rank 64": Feature({"r": 64}),
 }
@@ -152,12 +154,17 @@ def test_every_feature_in_one_mixed_batch_equals_peft(world: World, table: dict[
     paged = PagedModel(world.model, num_blocks=2048, slots=filled(world, names))
     draw = random.Random(5)
     prompts = {name: [[draw.randrange(512) for _ in range(n)] for n in (14, 37)] for name in ["base", *names]}
-    for tokens in prompts.values():
+    starts = {name: 0 for name in prompts}
+    for name, tokens in prompts.items():
         tokens[0][:3] = [7, 300, 12]  # those that trainable tokens replace
+        if wake := FEATURES[name].fields.get("alora_invocation_tokens") if name in FEATURES else None:
+            starts[name] = 6
+            for prompt in tokens:
+                prompt[6:] = [*wake, *(token % 400 + 6 for token in prompt[6 + len(wake) :])]
     sequences = {f"{name}/{i}": tokens for name, both in prompts.items() for i, tokens in enumerate(both)}
     for name, tokens in sequences.items():
         owner = name.rpartition("/")[0]
-        paged.add(name, tokens, -1 if owner == "base" else names.index(owner))
+        paged.add(name, tokens, -1 if owner == "base" else names.index(owner), adapter_start=starts[owner])
     while waiting := [name for name in sequences if paged.remaining(name)]:
         chosen = draw.sample(waiting, draw.randint(1, len(waiting)))
         paged.step({name: min(draw.choice((1, 1, 2, 7, 36)), paged.remaining(name)) for name in chosen})
@@ -176,6 +183,23 @@ def test_every_feature_in_one_mixed_batch_equals_peft(world: World, table: dict[
     assert not wrong
 
 
+def test_without_what_is_beside_the_products_the_answer_would_be_wrong(world: World) -> None:
+    tokens = [7, 300, 12, 401, 402, 5, 99, 3]
+    for name, folder in world.folders.items():
+        manifest = check_adapter(folder, world.model.config, max_rank=64)
+        weights = load_adapter_weights(folder, manifest, dtype=torch.float32)
+        if not (weights.parts or any(end.changes for end in (manifest.embedding, manifest.head) if end)):
+            continue
+        slots = AdapterSlots(world.model, 2)
+        slots.set(0, weights)
+        slots.set(1, replace(weights, parts={}, ends={}))
+        paged = PagedModel(world.model, slots=slots)
+        for slot in (0, 1):
+            paged.add(str(slot), tokens, slot)
+        paged.step({"0": 8, "1": 8})
+        assert (paged.logits("0") - paged.logits("1")).abs().max() > 0.1, name
+
+
 def test_plain_adapters_carry_nothing_more(world: World) -> None:
     names = list(world.folders)
     slots = filled(world, names)
@@ -183,8 +207,8 @@ def test_plain_adapters_carry_nothing_more(world: World) -> None:
         lora = slots.route((0, 3), (slot,))
         assert lora is not None
         manifest = check_adapter(world.folders[name], world.model.config, max_rank=64)
-        is_plain = lora.extras is None and lora.embedding is None and lora.head is None
-        assert is_plain == manifest.is_plain, name
+        has_nothing_more = lora.extras is None and lora.embedding is None and lora.head is None
+        assert has_nothing_more == (manifest.is_plain or name == "aLoRA"), name
     for slot in range(len(names)):
         slots.clear(slot)
     lora = slots.route((0, 3), (0,))

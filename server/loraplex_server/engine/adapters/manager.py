@@ -181,6 +181,11 @@ class AdapterManager:
         counts, self._counts = self._counts, LoadCounts()
         return counts
 
+    def invocation_of(self, digest: str | None) -> tuple[int, ...]:
+        """The tokens that wake a version, if it is an activated adapter."""
+        record = None if digest is None else self._records.get(digest)
+        return () if record is None else record.spec.invocation_token_ids
+
     def is_ready(self, digest: str) -> bool:
         """Whether `acquire` would give a slot now."""
         return self._records[digest].tier == "device"
