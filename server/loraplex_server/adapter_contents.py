@@ -11,10 +11,17 @@ from loraplex_server.messages import AdapterSpec, LoadAdapter, UnloadAdapter
 
 
 class AdapterContents:
-    """Counts the uses of each digest. `tell` hands messages to the engine, in order."""
+    """Counts the uses of each digest. `tell` hands messages to the engine, in order; `on_unused` hears of the last use
+    that has ended.
+    """
 
-    def __init__(self, tell: Callable[[LoadAdapter | UnloadAdapter], None]):
+    def __init__(
+        self,
+        tell: Callable[[LoadAdapter | UnloadAdapter], None],
+        on_unused: Callable[[AdapterSpec], None] = lambda spec: None,
+    ):
         self._tell = tell
+        self._on_unused = on_unused
         self._num_uses: dict[str, int] = {}
         self._specs: dict[str, AdapterSpec] = {}
 
@@ -37,8 +44,10 @@ class AdapterContents:
         if uses:
             self._num_uses[spec.digest] = uses
             return
-        del self._num_uses[spec.digest], self._specs[spec.digest]
+        known = self._specs.pop(spec.digest)
+        del self._num_uses[spec.digest]
         self._tell(UnloadAdapter(digest=spec.digest))
+        self._on_unused(known)
 
     @contextmanager
     def holding(self, spec: AdapterSpec) -> Iterator[None]:

@@ -6,7 +6,8 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,6 @@ from loraplex_server.errors import (
     AdapterRefused,
     AdapterUnavailable,
     InvalidRequest,
-    LoraplexError,
 )
 from loraplex_server.messages import AdapterSpec
 
@@ -43,6 +43,8 @@ logger = logging.getLogger("loraplex.api")
 
 MIB = 2**20
 PROGRESS_INTERVAL_S = 5.0
+# The source of what was uploaded.
+UPLOAD = "upload"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +86,51 @@ class AdapterIntake:
     def bring(self, name: str, location: AdapterLocation, token: str | None, deadline: float) -> BroughtAdapter:
         """Fetch what is not here and check it, until `deadline` (time.monotonic). Raises AdapterError."""
         try:
-            match location.source:
-                case "hub":
-                    return self._from_hub(name, location, token, deadline)
-                case "local":
-                    return BroughtAdapter(self._from_folder(name, location, deadline))
-                case source:
-                    raise InvalidRequest(f"`adapter_source` {source} is not served: use hub or local")
+            with self.disk_errors(name):
+                match location.source:
+                    case "hub":
+                        return self._from_hub(name, location, token, deadline)
+                    case "local":
+                        return BroughtAdapter(self._from_folder(name, location, deadline))
+                    case source:
+                        raise InvalidRequest(f"`adapter_source` {source} is not served: use hub or local")
         except SourceError as error:
             raise adapter_error(error, f"adapter '{name}': {error}") from None
+
+    def begin_upload(self, name: str, num_bytes: int) -> Path:
+        """A folder for the files of an upload, with room for `num_bytes`. Raises AdapterError."""
+        with self.disk_errors(name):
+            self._prepare()
+            self._make_room(name, num_bytes)
+            return self._store.new_staging()
+
+    def end_upload(self, name: str, staging: Path) -> AdapterSpec:
+        """Check what was received and move it to its place. Raises AdapterError."""
+        spec = self.check(name, staging, UPLOAD, None, time.monotonic() + self._config.adapter_fetch_timeout)
+        with self.disk_errors(name):
+            # A folder of its own, also for content that is there already, so that nobody else deletes it.
+            folder = self._store.keep(staging, store_key(UPLOAD, spec.digest, secrets.token_hex(8)))
+        return msgspec.structs.replace(spec, path=str(folder))
+
+    def drop_upload(self, staging: Path) -> None:
+        """Delete what is left of an upload in its staging folder."""
+        self._store.drop_staging(staging)
+
+    @contextmanager
+    def disk_errors(self, name: str) -> Iterator[None]:
+        """Turn what the disk raises inside the block into an AdapterError; the log has the folder."""
+        try:
+            yield
         except OSError as error:
-            raise self._disk_refused(name, error) from None
+            logger.error("adapter '%s': the disk refuses in %s: %s", name, self._config.adapter_cache, error)
+            raise AdapterUnavailable(
+                f"adapter '{name}': the server's disk refuses ({error.strerror or 'read or write'})"
+            ) from None
+
+    def discard(self, spec: AdapterSpec) -> None:
+        """Delete the files of an upload that nobody uses any more."""
+        if spec.source == UPLOAD:
+            self._store.remove(Path(spec.path).name)
 
     def check(self, name: str, folder: Path, source: str, revision: str | None, deadline: float) -> AdapterSpec:
         """The spec of a folder's adapter. Raises AdapterRefused with the finding."""
@@ -203,10 +239,6 @@ class AdapterIntake:
             raise AdapterUnavailable("the server is going down")
         if time.monotonic() > deadline:
             raise timed_out(name, self._config.adapter_fetch_timeout)
-
-    def _disk_refused(self, name: str, error: OSError) -> LoraplexError:
-        logger.error("adapter '%s': the disk refuses in %s: %s", name, self._config.adapter_cache, error)
-        return AdapterUnavailable(f"adapter '{name}': the server's disk refuses ({error.strerror or 'read or write'})")
 
 
 def timed_out(name: str, timeout_s: float) -> AdapterUnavailable:

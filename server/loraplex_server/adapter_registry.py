@@ -24,6 +24,19 @@ FIRST_VERSION = "1"
 
 
 @dataclass(slots=True, eq=False)
+class UseCount:
+    """Requests that were served with an adapter. `last`: seconds since 1970; 0 is never."""
+
+    num_requests: int = 0
+    last: float = 0.0
+
+    def add(self) -> None:
+        """Count one, now."""
+        self.num_requests += 1
+        self.last = time.time()
+
+
+@dataclass(slots=True, eq=False)
 class AdapterVersion:
     """One content under a name. `spec` is there once the files were brought and checked."""
 
@@ -31,7 +44,7 @@ class AdapterVersion:
     location: AdapterLocation | None  # None: the files were uploaded, or were checked at the start
     spec: AdapterSpec | None = None
     error: str | None = None  # why the last try to bring its files failed
-    num_requests: int = 0
+    uses: UseCount = field(default_factory=UseCount)
 
     @property
     def label(self) -> str:
@@ -50,8 +63,6 @@ class AdapterEntry:
     split: dict[str, float]
     is_pinned: bool = False
     error: str | None = None  # why the last try to replace it failed
-    last_used: float = 0.0  # seconds since 1970; 0 is never
-    created: float = field(default_factory=time.time)
 
     def choose(self, key: str) -> AdapterVersion:
         """The version that a request gets; the same key gets the same one while the shares are the same."""

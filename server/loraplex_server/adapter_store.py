@@ -82,12 +82,21 @@ class AdapterStore:
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A new folder to put an adapter together in; it is gone after the block, whatever happens."""
-        folder = self._staging / f"{os.getpid()}-{next(self._numbers)}"
-        folder.mkdir(parents=True, mode=0o700)
+        folder = self.new_staging()
         try:
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            self.drop_staging(folder)
+
+    def new_staging(self) -> Path:
+        """A new folder to put an adapter together in; whoever asks for it drops it."""
+        folder = self._staging / f"{os.getpid()}-{next(self._numbers)}"
+        folder.mkdir(parents=True, mode=0o700)
+        return folder
+
+    def drop_staging(self, folder: Path) -> None:
+        """Delete a staging folder; nothing happens if it was kept."""
+        shutil.rmtree(folder, ignore_errors=True)
 
     def keep(self, staging: Path, key: str) -> Path:
         """Move a staging folder to its place; where the same is there already, that one stays."""

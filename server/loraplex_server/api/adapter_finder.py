@@ -1,9 +1,8 @@
 """`AdapterFinder`: from what a request calls an adapter to a content that the engine knows, fetched if need be."""
 
 import asyncio
-import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from loraplex_models.sources import adapter_id_problem
 from loraplex_server.adapter_changes import AdapterChanges
 from loraplex_server.adapter_contents import AdapterContents
 from loraplex_server.adapter_fetcher import AdapterFetcher
-from loraplex_server.adapter_intake import MIB, AdapterIntake
+from loraplex_server.adapter_intake import MIB, UPLOAD, AdapterIntake
 from loraplex_server.adapter_location import AdapterLocation, Source, parse_location, parse_source, trusted
-from loraplex_server.adapter_registry import AdapterEntry, AdapterRegistry, AdapterVersion
+from loraplex_server.adapter_registry import AdapterEntry, AdapterRegistry, AdapterVersion, UseCount
 from loraplex_server.adapter_store import AdapterStore
 from loraplex_server.api.job import AdapterAccess
 from loraplex_server.config import AdapterSourceConfig, ServeConfig
@@ -26,6 +25,7 @@ from loraplex_server.messages import AdapterSpec, AdapterStatus, LoadAdapter, Un
 
 # Adapters that were fetched for a request and are remembered; the longest unused one is forgotten for the next.
 MAX_DYNAMIC_ADAPTERS = 10_000
+MAX_UPLOADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,8 @@ class FoundAdapter:
     """What a request is served with. `scope`: who may see it, and share keys and values with it; None is everybody."""
 
     spec: AdapterSpec
-    scope: str | None = None
+    scope: str | None
+    uses: UseCount
 
 
 @dataclass(slots=True, eq=False)
@@ -43,8 +44,6 @@ class DynamicAdapter:
     name: str
     location: AdapterLocation
     found: FoundAdapter
-    num_requests: int = 0
-    last_used: float = 0.0
 
 
 class AdapterFinder:
@@ -73,6 +72,7 @@ class AdapterFinder:
         self._intake = intake
         self._max_waiting = max_waiting
         self._num_waiting = 0
+        self._num_uploads = 0
         self._tiers: dict[str, str] = {}
         self._dynamic: OrderedDict[tuple[AdapterLocation, str | None], DynamicAdapter] = OrderedDict()
 
@@ -100,6 +100,7 @@ class AdapterFinder:
                 found = await self._fetch(adapter_id, access)
             finally:
                 self._num_waiting -= 1
+        found.uses.add()
         with self.contents.holding(found.spec):
             yield found
 
@@ -122,6 +123,35 @@ class AdapterFinder:
         if "/" not in text or text.startswith(("/", ".", "~")) or folder_below(self._config.adapter_root, text):
             return parse_location("local", text)
         return trusted(parse_location("hub", text))
+
+    async def upload(
+        self,
+        name: str,
+        receive: Callable[[Path], Awaitable[None]],
+        num_bytes: int,
+        *,
+        version: str | None,
+        activate: bool,
+    ) -> AdapterEntry:
+        """Take in the files that `receive` writes into a folder, and serve them under a name.
+
+        Nothing is left of what is refused. Raises AdapterError, InvalidRequest, Overloaded, and what `receive` raises.
+        """
+        self.changes.check_name(name, version)
+        if self._num_uploads == MAX_UPLOADS:
+            raise Overloaded(f"{MAX_UPLOADS} adapters are being uploaded already")
+        self._num_uploads += 1
+        try:
+            staging = await asyncio.to_thread(self._intake.begin_upload, name, num_bytes)
+            try:
+                with self._intake.disk_errors(name):
+                    await receive(staging)
+                spec = await asyncio.to_thread(self._intake.end_upload, name, staging)
+            finally:
+                await asyncio.to_thread(self._intake.drop_upload, staging)
+        finally:
+            self._num_uploads -= 1
+        return await self.changes.enter_upload(name, spec, version=version, activate=activate)
 
     def pin(self, entry: AdapterEntry, is_pinned: bool) -> None:
         """Keep an adapter's contents ready for the model, or no longer."""
@@ -174,16 +204,12 @@ class AdapterFinder:
             version = entry.choose(access.split_key) if version_name is None else entry.versions[version_name]
             if version.spec is None:
                 return None
-            entry.last_used = time.time()
-            version.num_requests += 1
-            return FoundAdapter(version.spec)
+            return FoundAdapter(version.spec, None, version.uses)
         location = self._location(adapter_id, access)
         for scope in {None, self._intake.scope_of(access.token)}:
             one = self._dynamic.get((location, scope))
             if one is not None:
                 self._dynamic.move_to_end((location, scope))
-                one.num_requests += 1
-                one.last_used = time.time()
                 return one.found
         return None
 
@@ -212,20 +238,18 @@ class AdapterFinder:
             entry, version_name = named
             version = entry.choose(access.split_key) if version_name is None else entry.versions[version_name]
             spec = await self.bring(entry, version)
-            entry.last_used = time.time()
-            version.num_requests += 1
-            return FoundAdapter(spec)
+            return FoundAdapter(spec, None, version.uses)
         location = self._location(adapter_id, access)
         brought = await self._fetcher.fetch(adapter_id, location, access.token)
         key = (location, brought.scope)
         one = self._dynamic.get(key)
         if one is None:
-            one = self._dynamic[key] = DynamicAdapter(adapter_id, location, FoundAdapter(brought.spec, brought.scope))
+            one = self._dynamic[key] = DynamicAdapter(
+                adapter_id, location, FoundAdapter(brought.spec, brought.scope, UseCount())
+            )
             self.contents.acquire(brought.spec)
             while len(self._dynamic) > MAX_DYNAMIC_ADAPTERS:
                 self._drop(next(iter(self._dynamic)))
-        one.num_requests += 1
-        one.last_used = time.time()
         return one.found
 
     def _drop(self, key: tuple[AdapterLocation, str | None]) -> None:
@@ -235,10 +259,15 @@ class AdapterFinder:
 def build_finder(config: ServeConfig, tell: Callable[[LoadAdapter | UnloadAdapter], None]) -> AdapterFinder:
     """The finder of one server, with all it stands on; for a running event loop."""
     sources = config.adapter_sources
-    contents = AdapterContents(tell)
+    loop = asyncio.get_running_loop()
+
+    def discard(spec: AdapterSpec) -> None:
+        if spec.source == UPLOAD:
+            loop.run_in_executor(None, intake.discard, spec)
+
+    contents = AdapterContents(tell, discard)
     registry = AdapterRegistry(config.engine.adapters, contents)
     store = AdapterStore(Path(sources.adapter_cache), sources.adapter_cache_mb * MIB)
-    loop = asyncio.get_running_loop()
 
     async def let_go(key: str) -> bool:
         return finder.let_go(key)

@@ -113,6 +113,13 @@ class ApiKeys:
         return scheme.lower() == "bearer" and any(matches)
 
 
+def _is_upload(scope: Scope) -> bool:
+    """Whether the route streams the body to disk, with a limit of its own."""
+    media_type = Headers(scope=scope).get("content-type", "").lower()
+    is_file_route = scope["method"] == "PUT" and scope["path"].startswith("/adapters/")
+    return is_file_route and media_type.startswith("multipart/form-data")
+
+
 class BodyLimit:
     """Refuses a body above the limit: by its announced length, or as soon as more than that has arrived."""
 
@@ -122,7 +129,7 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run or refuse one request."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or _is_upload(scope):
             await self._app(scope, receive, send)
             return
         too_large = BodyTooLarge(f"the request's body is larger than {self._limit} bytes (--payload-limit)")

@@ -1,4 +1,4 @@
-"""Two tenants and a private adapter: who may not read it learns nothing of it, before and after the other has used it."""
+"""Two tenants and a private adapter: who may not read it learns nothing of it, whether or not it is in use."""
 
 import asyncio
 

@@ -1,9 +1,11 @@
 """GET, POST, PUT and DELETE of /adapters and /adapters/{name}: what is served, and changes of it."""
 
 import msgspec
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex_server.adapter_intake import MIB
 from loraplex_server.adapter_location import AdapterLocation, parse_location, parse_source, trusted
 from loraplex_server.adapter_registry import AdapterEntry, AdapterVersion
 from loraplex_server.api.adapter_finder import AdapterFinder, DynamicAdapter
@@ -11,6 +13,7 @@ from loraplex_server.api.admin import is_admin, require_admin
 from loraplex_server.api.body import read_body
 from loraplex_server.api.schemas.adapters import AdapterInfo, AdapterList, ChangeBody, RegisterBody, VersionInfo
 from loraplex_server.api.state import ApiState
+from loraplex_server.api.upload import is_upload, receive_files
 from loraplex_server.errors import InvalidRequest
 
 
@@ -51,8 +54,10 @@ async def register(request: Request) -> Response:
 
 
 async def change(request: Request) -> Response:
-    """PUT /adapters/{name}: what requests for the name get."""
+    """PUT /adapters/{name}: the files of a new version, or what requests for the name get."""
     require_admin(request)
+    if is_upload(request):
+        return await _upload(request)
     finder, name = _finder(request), request.path_params["name"]
     body = await read_body(request, ChangeBody)
     entry = finder.changes.entry(name)
@@ -98,6 +103,31 @@ async def _register(request: Request, body: RegisterBody) -> Response:
     return _json(_named(finder, entry))
 
 
+async def _upload(request: Request) -> Response:
+    state: ApiState = request.app.state.api
+    await state.serving()
+    max_bytes = state.config.adapter_sources.max_adapter_mb * MIB
+    query = request.query_params
+    announced = request.headers.get("content-length", "")
+    entry = await state.adapters.upload(
+        request.path_params["name"],
+        lambda folder: receive_files(request, folder, max_bytes),
+        min(int(announced), max_bytes) if announced.isdecimal() else 0,
+        version=query.get("version"),
+        activate=_switch(query, "activate", default=True),
+    )
+    if "pin" in query:
+        state.adapters.pin(entry, _switch(query, "pin", default=False))
+    return _json(_named(state.adapters, entry))
+
+
+def _switch(query: QueryParams, name: str, *, default: bool) -> bool:
+    text = query.get(name, str(default)).lower()
+    if text not in ("true", "false"):
+        raise InvalidRequest(f"`{name}` must be true or false. Given: {text[:40]}")
+    return text == "true"
+
+
 def _location(finder: AdapterFinder, body: RegisterBody) -> AdapterLocation:
     text = f"{body.id}@{body.revision}" if body.revision else body.id
     return finder.location_of(text) if body.source is None else trusted(parse_location(parse_source(body.source), text))
@@ -114,7 +144,7 @@ def _named(finder: AdapterFinder, entry: AdapterEntry) -> AdapterInfo:
         name=entry.name,
         pinned=entry.is_pinned,
         dynamic=False,
-        last_used=entry.last_used or None,
+        last_used=max(version.uses.last for version in entry.versions.values()) or None,
         error=entry.error,
         versions=[
             _version(finder, version, entry.split.get(version.version, 0.0) / total)
@@ -124,12 +154,12 @@ def _named(finder: AdapterFinder, entry: AdapterEntry) -> AdapterInfo:
 
 
 def _fetched(finder: AdapterFinder, one: DynamicAdapter) -> AdapterInfo:
-    version = AdapterVersion("1", one.location, one.found.spec, num_requests=one.num_requests)
+    version = AdapterVersion("1", one.location, one.found.spec, uses=one.found.uses)
     return AdapterInfo(
         name=str(one.location),
         pinned=False,
         dynamic=True,
-        last_used=one.last_used or None,
+        last_used=one.found.uses.last or None,
         error=None,
         versions=[_version(finder, version, 1.0)],
     )
@@ -147,7 +177,7 @@ def _version(finder: AdapterFinder, version: AdapterVersion, share: float) -> Ve
         rank=spec.rank if spec is not None else None,
         num_bytes=spec.num_bytes if spec is not None else None,
         tier=finder.tier_of(spec.digest) if spec is not None else None,
-        num_requests=version.num_requests,
+        num_requests=version.uses.num_requests,
         error=version.error,
     )
 
