@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from loraplex_kernels.kv_cache import HeadNorms
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
 from loraplex_models.config import ModelConfig
 from loraplex_models.forward import AttentionBatch, ForwardBatch, LoraBatch
@@ -15,7 +16,7 @@ from loraplex_models.layers.embedding import Embedding, Head
 from loraplex_models.layers.linear import Linear
 from loraplex_models.layers.mlp import MLP
 from loraplex_models.layers.moe import SparseMLP
-from loraplex_models.layers.norm import RMSNorm
+from loraplex_models.layers.norm import OffsetRMSNorm, RMSNorm
 from loraplex_models.layers.rotary import RopeError, Rotary
 from loraplex_models.parallel import ParallelGroup
 from loraplex_quant.keep import Keeping
@@ -92,6 +93,39 @@ class DecoderLayer:
         x = self.output.forward(found, lora, x)
         return self.mlp.forward(self.mlp_norm.forward(x), lora, x)
 
+    @classmethod
+    def is_plain(cls) -> bool:
+        """Whether `forward_fused` does what `forward` does."""
+        keeps_projection = cls._project is DecoderLayer._project or cls.head_norms is not DecoderLayer.head_norms
+        has_plain_norms = cls.norm_class in (RMSNorm, OffsetRMSNorm)
+        return cls.forward is DecoderLayer.forward and keeps_projection and has_plain_norms
+
+    def forward_fused(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        angles: tuple[Tensor, Tensor],
+        cache: Tensor,
+        plan: AttentionPlan,
+        lora: LoraBatch | None,
+        next_norm: RMSNorm,
+    ) -> Tensor:
+        """As `forward`, by kernels that add the residual and the adapters' deltas to what they read anyway.
+
+        x: what `attention_norm` gave; `residual` is changed in place. Returns what `next_norm` makes of it.
+        """
+        qkv, delta = self.qkv.project(x, lora)
+        found = self._attention.forward(qkv, cache, plan, *angles, delta, self.head_norms())
+        out, delta = self.output.project(found, lora)
+        normed = self.mlp_norm.forward_added(out, residual, delta)
+        assert isinstance(self.mlp, MLP)
+        out, delta = self.mlp.project(normed, lora)
+        return next_norm.forward_added(out, residual, delta)
+
+    def head_norms(self) -> HeadNorms | None:
+        """Norms of each query and key head alone, where a family has them."""
+        return None
+
     def _project(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
         return self.qkv.forward(x, lora)
 
@@ -118,6 +152,9 @@ class CausalLM:
         self._embedding = Embedding(config.vocab_size, config.hidden_size, dtype, device)
         self.layers = [self.layer_class(config, i, attention, build) for i in range(config.num_layers)]
         self._norm = self.layer_class.norm_class(config.hidden_size, config.norm_eps, dtype, device)
+        self._is_plain = (
+            self.layer_class.is_plain() and group.size == 1 and all(isinstance(layer.mlp, MLP) for layer in self.layers)
+        )
         self._head = Head(config.vocab_size, config.hidden_size, keeping)
 
     @property
@@ -209,13 +246,30 @@ class CausalLM:
         if lora is not None and lora.embedding is not None:
             lora.embedding.apply(x, batch.token_ids, lora.segments)
         x = self._finish_embedding(x)
-        for layer, angles, cache, plan in zip(self.layers, turns, kv_cache.layers, plans, strict=True):
-            x = layer.forward(x, angles, cache, plan, lora)
-        hidden = self._norm.forward(x.index_select(0, batch.sample_rows))
+        parts = list(zip(self.layers, turns, kv_cache.layers, plans, strict=True))
+        if self._is_plain and plans[0].blocks is not None and (lora is None or lora.extras is None):
+            hidden = self._run_fused(x, parts, lora).index_select(0, batch.sample_rows)
+        else:
+            for layer, angles, cache, plan in parts:
+                x = layer.forward(x, angles, cache, plan, lora)
+            hidden = self._norm.forward(x.index_select(0, batch.sample_rows))
         logits = self._head.forward(hidden)
         if lora is not None and lora.head is not None:
             lora.head.apply(logits, hidden, batch.sample_rows, lora.segments)
         return self._finish_logits(logits)
+
+    def _run_fused(
+        self,
+        x: Tensor,
+        parts: list[tuple[DecoderLayer, tuple[Tensor, Tensor], Tensor, AttentionPlan]],
+        lora: LoraBatch | None,
+    ) -> Tensor:
+        """All layers and the last norm, for a GPU; x [T, hidden] is changed in place."""
+        norms = [layer.attention_norm for layer in self.layers] + [self._norm]
+        normed = norms[0].forward(x)
+        for (layer, angles, cache, plan), next_norm in zip(parts, norms[1:], strict=True):
+            normed = layer.forward_fused(normed, x, angles, cache, plan, lora, next_norm)
+        return normed
 
     def _make_rotary(self) -> Rotary:
         config = self.config

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from loraplex_kernels.kv_cache import HeadNorms
 from loraplex_models.checkpoint import Checkpoint
 from loraplex_models.config import ModelConfig
 from loraplex_models.decoder import CausalLM, DecoderLayer
@@ -27,6 +28,10 @@ class Qwen3Layer(DecoderLayer):
     def _load_norms(self, checkpoint: Checkpoint) -> None:
         super()._load_norms(checkpoint)
         self._qk_norm.load(checkpoint, f"model.{self.prefix}.self_attn")
+
+    def head_norms(self) -> HeadNorms:
+        """The norms of single heads."""
+        return self._qk_norm.of_heads()
 
     def _project(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
         qkv = super()._project(x, lora)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loraplex_kernels.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
 
-GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+GATED_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": silu_and_mul,
     "swish": silu_and_mul,
     "gelu_pytorch_tanh": gelu_tanh_and_mul,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraplex_kernels.attention import capped_attention, decode_attention, is_decode_fast, order_cells, paged_attention
 from loraplex_kernels.dispatch import has_gpu_forms
-from loraplex_kernels.kv_cache import rotate_and_store
+from loraplex_kernels.kv_cache import HeadNorms, rotate_and_store
 from loraplex_kernels.lora_pages import RowDelta
 from loraplex_models.forward import AttentionBatch
 from loraplex_models.layers.block_attention import NO_WINDOW, BlockPlan, attend_blocks
@@ -236,13 +236,14 @@ class Attention:
         cos: Tensor,
         signed_sin: Tensor,
         delta: RowDelta | None = None,
+        norms: HeadNorms | None = None,
     ) -> Tensor:
         """Return what each token's heads gather, [T, num_heads * head_dim].
 
-        qkv: [T, queries | keys | values], its queries and keys are turned in place, after `delta` was added; cache: one
-        layer of a KVCache, written in place.
+        qkv: [T, queries | keys | values], its queries and keys are turned in place, after `delta` was added and they
+        were normalised; cache: one layer of a KVCache, written in place.
         """
-        rotate_and_store(qkv, cos, signed_sin, cache, plan.slot_mapping, self._num_heads, self._head_dim, delta)
+        rotate_and_store(qkv, cos, signed_sin, cache, plan.slot_mapping, self._num_heads, self._head_dim, delta, norms)
         queries = qkv.narrow(1, 0, self._query_width)
         if plan.blocks is not None:
             return attend_blocks(queries, cache, plan.blocks, self._num_kv_heads, self._scale, self._cap)

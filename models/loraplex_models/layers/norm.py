@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loraplex_kernels.norm import rms_norm
+from loraplex_kernels.lora_pages import RowDelta
+from loraplex_kernels.norm import add_rms_norm, rms_norm
 from loraplex_models.checkpoint import Checkpoint
 
 
@@ -30,6 +31,10 @@ class RMSNorm:
     def forward(self, x: Tensor) -> Tensor:
         """Return x [T, size], normalised."""
         return rms_norm(x, self._weight, self._eps)
+
+    def forward_added(self, x: Tensor, residual: Tensor, delta: RowDelta | None) -> Tensor:
+        """Add x and its delta to `residual` in place, and return that normalised; all [T, size]."""
+        return add_rms_norm(x, residual, self._weight, self._eps, delta)
 
 
 class OffsetRMSNorm(RMSNorm):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from loraplex_kernels.kv_cache import HeadNorms
 from loraplex_kernels.norm import rms_norm_groups
 from loraplex_models.checkpoint import Checkpoint
 
@@ -35,6 +36,10 @@ class QKNorm:
             for name, size in zip(("q_norm", "k_norm"), self._sizes, strict=True)
         )
         self._weights = query, key
+
+    def of_heads(self) -> HeadNorms:
+        """Return the norms as the kernel that turns heads takes them; only where each head is normalised alone."""
+        return HeadNorms(*self._weights, self._eps)
 
     def apply(self, qkv: Tensor) -> None:
         """Normalise queries and keys in place. qkv: [T, queries | keys | values]."""
