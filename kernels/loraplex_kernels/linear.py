@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
+from loraplex_kernels.cpu import few_rows as _few_rows
 from loraplex_kernels.cpu import linear as _cpu
 from loraplex_kernels.cpu.linear import PackedWeight as PackedWeight
+from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
 from loraplex_kernels.reference import linear as _reference
 
 
@@ -30,3 +32,19 @@ def linear(
     if isinstance(weight, PackedWeight):
         return _cpu.linear(x, weight, bias, addend)
     return _reference.linear(x, weight, bias, addend)
+
+
+def linear_with_deltas(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    table: LoraTable,
+    segments: LoraSegments,
+) -> Tensor:
+    """Return what `linear` does, plus each token's adapter delta (see `lora_shrink` and `lora_expand`)."""
+    if isinstance(weight, PackedWeight) and _cpu.has_few_rows(x, weight):
+        return _few_rows.product(x, weight.address, weight.out_size, bias, addend, table, segments)
+    out = linear(x, weight, bias, addend)
+    lora_expand(lora_shrink(x, table, segments), table, segments, out)
+    return out

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from loraplex_kernels.cpu.linear import FEW_ROWS
 from loraplex_kernels.cpu.lora import MIN_LONG_SEGMENT
+from loraplex_kernels.linear import linear_with_deltas, pack_weight
 from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
 from loraplex_kernels.reference.lora import lora_delta
 
@@ -100,3 +102,32 @@ def test_a_cleared_slot_adds_nothing_and_a_slot_set_anew_only_what_it_holds_now(
     table.set(2, 2, a, b)
     lora_expand(lora_shrink(x, table, segments), table, segments, out)
     assert not out[:, :48].any() and torch.allclose(out[:, 48:], x @ a.T @ b.T, atol=1e-5)
+
+
+WIDE_IN, WIDE_PARTS = 96, (96, 48, 48)  # blocks of 64 outputs that two parts share
+
+
+@pytest.mark.parametrize("mix", [name for name, mix in MIXES.items() if sum(count for _, count in mix) <= FEW_ROWS])
+@pytest.mark.parametrize("has_addend", [False, True])
+def test_deltas_added_within_the_product_equal_sums_in_float64(mix: str, has_addend: bool) -> None:
+    torch.manual_seed(0)
+    table, segments = LoraTable(6, WIDE_PARTS, torch.bfloat16, CPU), segments_of(MIXES[mix])
+    num_tokens = sum(count for _, count in MIXES[mix])
+    x, weight = torch.randn(num_tokens, WIDE_IN).bfloat16(), torch.randn(sum(WIDE_PARTS), WIDE_IN).bfloat16()
+    truth = x.double() @ weight.double().T
+    addend = torch.randn(num_tokens, sum(WIDE_PARTS)).bfloat16() if has_addend else None
+    truth += 0 if addend is None else addend.double()
+    for slot, by_part in (RANKS | {4: (35, 0, 20)}).items():
+        for part, rank in enumerate(by_part):
+            if rank:
+                a, b = torch.randn(rank, WIDE_IN).bfloat16(), torch.randn(WIDE_PARTS[part], rank).bfloat16()
+                table.set(slot, part, a, b)
+                first = sum(WIDE_PARTS[:part])
+                for start, end, owner in segments.all:
+                    if owner == slot:
+                        delta = x[start:end].double() @ a.double().T @ b.double().T
+                        truth[start:end, first : first + len(b)] += delta
+    with torch.inference_mode():
+        ours = linear_with_deltas(x, pack_weight(weight), None, addend, table, segments)
+    # One rounding to 8 bits, of a sum whose terms were rounded to 24.
+    assert ((ours.double() - truth).abs() <= truth.abs() * 2**-8 + 1e-2).all()

@@ -12,7 +12,7 @@ from loraplex_kernels.cpu.few_rows import BLOCK, is_served, product
 # How many rows to expect; measured to make no difference to the layout chosen between 1 and 64.
 TYPICAL_ROWS = 8
 # Up to so many rows `few_rows` is faster than oneDNN's product.
-FEW_ROWS = 16
+FEW_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,13 @@ _linear = torch.ops.mkldnn._linear_pointwise.default
 _linear_binary = torch.ops.mkldnn._linear_pointwise.binary
 
 
+def has_few_rows(x: Tensor, weight: PackedWeight) -> bool:
+    """Whether `few_rows.product` is the fastest form for these rows."""
+    return weight.address != 0 and len(x) <= FEW_ROWS
+
+
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
-    if weight.address and len(x) <= FEW_ROWS:
+    if has_few_rows(x, weight):
         return product(x, weight.address, weight.out_size, bias, addend)
     if addend is not None:
         total: Tensor = _linear_binary(x, addend, weight.tensor, bias, "add")

@@ -32,15 +32,16 @@ from loraplex_kernels.cpu.compiled import CAN_KEEP_CODE, FAST_MATH, jit, longs
 _TICKET = 0  # which piece (upper 32 bits) and how many of its chunks nobody has taken (lower 32 bits)
 _PENDING = 64  # chunks not done
 _ASLEEP = 128  # helpers that sleep, or are about to
-_JOB = 192  # the piece: the address of its chunk function, then the numbers that the function reads
-MAX_NUMBERS = 19
+_FIRST = 192  # chunks not done of those that others wait for
+_JOB = 256  # the piece: the address of its chunk function, then the numbers that the function reads
+MAX_NUMBERS = 23
 _JOB_WORDS = 1 + MAX_NUMBERS
 _NUM_WORDS = _JOB // 8 + _JOB_WORDS
 
 _LOWER = 0xFFFFFFFF
 # How often a helper looks for the next piece before it sleeps: some 100 us, longer than any pause within a step.
 _LOOKS = 3000
-# How often the leader looks whether the last chunks are done before it lets their thread have the core.
+# How often a thread looks whether the chunks it waits for are done before it lets their thread have the core.
 _PATIENCE = 20_000
 
 
@@ -58,6 +59,18 @@ class ChunkFunction:
         )
         self._kept = compiled  # or its code would go
         return int(compiled.address or 0)
+
+
+@jit
+def wait_for_zero(word):
+    """Wait until others have counted a word down."""
+    looks = 0
+    while read(word) > 0:
+        looks += 1
+        if looks > _PATIENCE:
+            yield_core()
+        else:
+            pause()
 
 
 @jit
@@ -96,11 +109,12 @@ def _help(words, job):
 
 
 @jit
-def _lead(words, job, num_chunks):
-    """Do the piece that lies at `job`, together with whoever comes."""
+def _lead(words, job, num_chunks, num_first, is_alone):
+    """Do the piece that lies at `job`, together with whoever comes; the highest chunk is taken first."""
     own = longs(job, _JOB_WORDS)
-    if words == 0 or num_chunks == 1:
-        for chunk in range(num_chunks):
+    write(words + _FIRST, num_first)
+    if is_alone or num_chunks == 1:
+        for chunk in range(num_chunks - 1, -1, -1):
             call(own[0], job + 8, chunk)
         return
     shared = longs(words + _JOB, _JOB_WORDS)
@@ -113,13 +127,7 @@ def _lead(words, job, num_chunks):
         wake(words + _TICKET + 4)
     while _take_chunk(words, job):
         pass
-    looks = 0
-    while read(words + _PENDING) > 0:
-        looks += 1
-        if looks > _PATIENCE:
-            yield_core()
-        else:
-            pause()
+    wait_for_zero(words + _PENDING)
 
 
 class Team:
@@ -131,17 +139,22 @@ class Team:
         self._own_job_address = self._own_job.ctypes.data
         # The shared words begin on a cache line.
         self._words = np.zeros(_NUM_WORDS + 8, np.int64)
-        self._address = 0
-        if num_threads > 1 and HAS_TEAMS:
-            self._address = self._words.ctypes.data + -self._words.ctypes.data % 64
-        for number in range(1, num_threads if self._address else 1):
+        self._address = self._words.ctypes.data + -self._words.ctypes.data % 64
+        self._is_alone = num_threads == 1 or not HAS_TEAMS
+        # The word that the chunks counted by `num_first` count down when they are done.
+        self.first_word = self._address + _FIRST
+        for number in range(1, 1 if self._is_alone else num_threads):
             threading.Thread(target=self._live, name=f"team-{number}", daemon=True).start()
 
-    def run(self, layout: struct.Struct, num_chunks: int, function: int, *numbers: float) -> None:
-        """Call `function` for all chunks. `layout`: how the numbers lie, 8 bytes each, the function's address first."""
+    def run(self, layout: struct.Struct, num_chunks: int, function: int, *numbers: float, num_first: int = 0) -> None:
+        """Call `function` for all chunks.
+
+        layout: how the numbers lie, 8 bytes each, the function's address first. num_first: so many chunks, those of the
+        highest numbers, are taken before the others, which may wait for them (`wait_for_zero`).
+        """
         with self._lock:
             layout.pack_into(self._own_job.data, 0, function, *numbers)
-            _lead(self._address, self._own_job_address, num_chunks)
+            _lead(self._address, self._own_job_address, num_chunks, num_first, self._is_alone)
 
     def _live(self) -> None:
         job = np.zeros(_JOB_WORDS, np.int64)

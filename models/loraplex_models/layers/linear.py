@@ -9,6 +9,7 @@ from loraplex_kernels.lora_pages import RowDelta, add_rows, row_delta
 from loraplex_models.checkpoint import Checkpoint
 from loraplex_models.forward import LoraBatch
 from loraplex_quant.method import LinearWeight, QuantMethod
+from loraplex_quant.unquantized import Unquantized
 
 
 class Linear:
@@ -63,7 +64,10 @@ class Linear:
             return self._method.apply(x, addend)
         if lora.tiles is not None:
             return self._forward_paged(x, lora, addend)
+        table = lora.tables[self.index]
         extras = None if lora.extras is None else lora.extras[self.index]
+        if table is not None and extras is None and isinstance(self._method, Unquantized):
+            return self._method.apply_with_deltas(x, addend, table, lora.segments)
         if extras is not None:
             out = self._method.apply(x)
             extras.apply(out, lora.segments)
@@ -71,7 +75,6 @@ class Linear:
                 out += addend
         else:
             out = self._method.apply(x, addend)
-        table = lora.tables[self.index]
         if table is not None:
             lora_expand(lora_shrink(x, table, lora.segments), table, lora.segments, out)
         return out
