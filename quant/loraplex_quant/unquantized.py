@@ -34,7 +34,7 @@ class Unquantized:
 
     def apply_with_deltas(self, x: Tensor, addend: Tensor | None, table: LoraTable, segments: LoraSegments) -> Tensor:
         """Return x @ weight.T + bias + addend + each token's adapter delta, in one pass where the device has one."""
-        return linear_with_deltas(x, self._weight, self._bias, addend, table, segments)
+        return linear_with_deltas(x, self._weight, self.bias, addend, table, segments)
 
     def dequantize(self) -> Tensor:
         """Return the weight in float32."""
