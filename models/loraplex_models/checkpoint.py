@@ -1,5 +1,6 @@
 """The tensors of a safetensors checkpoint, each read once, from memory-mapped shards."""
 
+import ctypes
 import json
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,10 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # What AutoGPTQ calls its file: gptq_model-4bit-32g.safetensors.
 GPTQ_NAME = "gptq_model-*bit-*g"
+
+
+# The GNU C library keeps freed memory in pieces, a good part of a model's size over the loading of all its layers.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class CheckpointError(ValueError):
@@ -34,8 +39,8 @@ class Checkpoint:
         """
         self.weight_format = weight_format
         self._folder = Path(folder)
-        self._files: list[Any] = []
-        self._file_of: dict[str, tuple[str, Any]] = {}
+        self._files: dict[str, Any] = {}  # those that are mapped now
+        self._file_of: dict[str, str] = {}
         self._taken: set[str] = set()
         self.total_bytes = 0
         self.taken_bytes = 0
@@ -60,9 +65,18 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the shards. Tensors that were taken and not copied stay valid until they are dropped."""
-        for file in self._files:
+        self.release()
+
+    def release(self) -> None:
+        """Give back the memory that reading took: a file is mapped anew when the next tensor is taken from it.
+
+        Tensors that were taken and not copied stay valid, and keep their file's memory until they are dropped.
+        """
+        for file in self._files.values():
             file.__exit__(None, None, None)
         self._files.clear()
+        if _trim is not None:
+            _trim(0)
 
     def take(self, name: str, shape: tuple[int, ...] | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
         """Return the tensor of that name, mapped from its file.
@@ -73,9 +87,11 @@ class Checkpoint:
             raise CheckpointError(f"the checkpoint in '{self._folder}' has no tensor '{name}'")
         assert name not in self._taken, f"tensor {name} is read twice"
         self._taken.add(name)
-        file_name, file = self._file_of[name]
+        file_name = self._file_of[name]
+        if file_name not in self._files:
+            self._map(file_name)
         try:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = self._files[file_name].get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"'{file_name}': tensor '{name}' cannot be read: {error}") from None
         if shape is not None and tuple(tensor.shape) != shape:
@@ -97,21 +113,21 @@ class Checkpoint:
         return CheckpointLinear(self, module)
 
     def _open(self, name: str) -> None:
+        self._map(name)
+        self.total_bytes += (self._folder / name).stat().st_size
+        for tensor_name in self._files[name].keys():  # noqa: SIM118 (not a dict)
+            if tensor_name in self._file_of:
+                raise CheckpointError(f"tensor '{tensor_name}' is both in '{self._file_of[tensor_name]}' and '{name}'")
+            self._file_of[tensor_name] = name
+
+    def _map(self, name: str) -> None:
         path = self._folder / name
         try:
-            file: Any = safe_open(path, framework="pt")
+            self._files[name] = safe_open(path, framework="pt")
         except FileNotFoundError:
             raise CheckpointError(f"the checkpoint's file '{path}' does not exist") from None
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"the checkpoint's file '{path}' is broken or incomplete: {error}") from None
-        self._files.append(file)
-        self.total_bytes += path.stat().st_size
-        for tensor_name in file.keys():  # noqa: SIM118 (not a dict)
-            if tensor_name in self._file_of:
-                raise CheckpointError(
-                    f"tensor '{tensor_name}' is both in '{self._file_of[tensor_name][0]}' and '{name}'"
-                )
-            self._file_of[tensor_name] = (name, file)
 
 
 class CheckpointLinear:

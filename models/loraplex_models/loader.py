@@ -51,6 +51,7 @@ def load_model(
     model = model_class(config, Keeping(dtype, device, on_the_fly), group)
     with Checkpoint(path, None if stored is None else weight_format(stored)) as checkpoint, torch.inference_mode():
         for _ in model.load(checkpoint):
+            checkpoint.release()
             if progress is not None:
                 progress(min(checkpoint.taken_bytes, checkpoint.total_bytes), checkpoint.total_bytes)
         if checkpoint.weight_format is not None and not checkpoint.num_quantized:
