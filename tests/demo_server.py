@@ -74,12 +74,19 @@ class LaunchedServer:
         ready = f"ready on {self.url}"
         wait_until(lambda: ready in self.said or self.process.poll() is not None, f"{ready} in {self.said}")
         assert self.process.poll() is None, self.said
+        self.note_pids()
+        assert {"api", "engine"} <= set(self.pids)
+        return self
+
+    def note_pids(self) -> None:
+        """Note the children that there are: api, engine, and by their rank engine-1 and so on."""
+        self.pids = {}
         for child in psutil.Process(self.process.pid).children(recursive=True):
             arguments = child.cmdline()
             if "loraplex.processes" in arguments:
-                self.pids[arguments[arguments.index("loraplex.processes") + 1]] = child.pid
-        assert set(self.pids) == {"api", "engine"}
-        return self
+                name = arguments[arguments.index("loraplex.processes") + 1]
+                rank = int(arguments[arguments.index("--rank") + 1]) if "--rank" in arguments else 0
+                self.pids[f"{name}-{rank}" if rank else name] = child.pid
 
     @property
     def said(self) -> str:
@@ -88,7 +95,11 @@ class LaunchedServer:
 
     def kill(self, name: str) -> None:
         """End a child as the system does when memory runs out."""
-        os.kill(self.pids[name], signal.SIGKILL)
+        self.send_signal(name, signal.SIGKILL)
+
+    def send_signal(self, name: str, number: signal.Signals) -> None:
+        """Signal one child."""
+        os.kill(self.pids[name], number)
 
     def wait(self, timeout_s: float = EXIT_S) -> int:
         """The launcher's exit code; all its children are gone by then."""

@@ -16,7 +16,7 @@ from loraplex_models.parallel import ParallelGroup
 from loraplex_server.adapter_spec import adapter_spec
 from loraplex_server.config import AdapterConfig, EngineConfig
 from loraplex_server.engine.engine import Engine
-from loraplex_server.engine.memory import settle_limits
+from loraplex_server.engine.memory import Limits, settle_limits
 from loraplex_server.engine.process import build_engine
 from loraplex_server.messages import AdapterSpec, EngineStats, GenerateRequest, SamplingParams, TokenOutput
 
@@ -30,7 +30,13 @@ class EngineBench:
     """An engine, the adapters it may serve, and what it has answered so far."""
 
     def __init__(
-        self, model_folder: Path, adapters: Mapping[str, Path], *, dtype: str = "float32", quantize: str | None = None
+        self,
+        model_folder: Path,
+        adapters: Mapping[str, Path],
+        *,
+        dtype: str = "float32",
+        quantize: str | None = None,
+        group: ParallelGroup | None = None,
     ):
         self._folder = model_folder
         self._dtype = dtype
@@ -38,7 +44,7 @@ class EngineBench:
             model_folder,
             dtype=getattr(torch, dtype),
             device=torch.device("cpu"),
-            group=ParallelGroup.single(),
+            group=group or ParallelGroup.single(),
             quantize=quantize,
         )
         self.specs = {name: checked_spec(name, folder, model_folder) for name, folder in adapters.items()}
@@ -46,6 +52,15 @@ class EngineBench:
 
     def start(self, *, max_resident_adapters: int = 8, **settings: Any) -> None:
         """Begin with a fresh engine over the same weights."""
+        config, limits = self.settle(max_resident_adapters=max_resident_adapters, **settings)
+        self.engine: Engine = build_engine(config, self.model, limits)
+        for spec in self.specs.values():
+            self.engine.load_adapter(spec)
+        self.outputs: dict[str, list[TokenOutput]] = {}
+        self.stats: EngineStats | None = None
+
+    def settle(self, *, max_resident_adapters: int = 8, **settings: Any) -> tuple[EngineConfig, Limits]:
+        """The config of an engine, and its limits."""
         config = EngineConfig(
             model_path=str(self._folder),
             dtype=self._dtype,
@@ -53,12 +68,7 @@ class EngineBench:
             adapters=AdapterConfig(max_resident_adapters=max_resident_adapters),
         )
         config = replace(config, **({"num_kv_blocks": 64} | settings))
-        limits = settle_limits(config, self.model.config, self.model.kv_bytes_per_block(config.block_size))
-        self.engine: Engine = build_engine(config, self.model, limits)
-        for spec in self.specs.values():
-            self.engine.load_adapter(spec)
-        self.outputs: dict[str, list[TokenOutput]] = {}
-        self.stats: EngineStats | None = None
+        return config, settle_limits(config, self.model.config, self.model.kv_bytes_per_block(config.block_size))
 
     def add(self, request_id: str, prompt: list[int], adapter: str | None = None, **sampling: Any) -> None:
         """Send one request."""

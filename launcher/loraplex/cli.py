@@ -110,7 +110,13 @@ def _run_server(settings: Settings, demo_cache: Path | None = None) -> int:
                     settings = _demo_settings(settings, demo.prepare(demo_cache, console.line), console)
                 check_served(settings)
                 facts = resolve(settings, progress=console.has_bars)
-                plan = make_plan(settings, facts, look_at_machine(), openmp_set=flags.openmp_variables())
+                plan = make_plan(
+                    settings,
+                    facts,
+                    look_at_machine(),
+                    openmp_set=flags.openmp_variables(),
+                    num_gpus=flags.num_visible_gpus(),
+                )
         except LaunchError as error:
             console.error(str(error))
             return 1

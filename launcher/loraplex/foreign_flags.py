@@ -34,7 +34,6 @@ class IgnoredFlag:
     takes_value: bool = True
 
 
-_NO_DISTRIBUTED = "one rank needs no meeting point"
 _NO_TUNNEL = "this server opens no tunnels"
 _SCHEDULING = "prompts are computed in chunks beside running requests, which never pause for them"
 
@@ -47,8 +46,6 @@ IGNORED = (
     IgnoredFlag("--cuda-graphs", "the model runs on the CPU, where there are no CUDA graphs"),
     IgnoredFlag("--prometheus-port", "metrics are served under /metrics of the port itself"),
     IgnoredFlag("--shard-uds-path", "sockets lie in a private temporary folder"),
-    IgnoredFlag("--master-addr", _NO_DISTRIBUTED),
-    IgnoredFlag("--master-port", _NO_DISTRIBUTED),
     IgnoredFlag("--disable-custom-kernels", "the CPU path has no kernels to switch off", takes_value=False),
     IgnoredFlag("--ngrok", _NO_TUNNEL, takes_value=False),
     IgnoredFlag("--ngrok-authtoken", _NO_TUNNEL),

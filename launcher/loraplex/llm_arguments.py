@@ -76,6 +76,7 @@ def read_arguments(model: str, named: dict[str, Any], own_names: tuple[str, ...]
     value out of bounds. `own_names`: further arguments of `LLM`, for the hint at a near name.
     """
     fields = {field.name: field for group in _GROUPS for field in setting_fields(group)}
+    fields |= {field.name: field for field in setting_fields(LaunchConfig) if field.name == "num_shard"}
     known = {*fields, *SAME_MEANING, *_LAUNCH_NAMES, *NO_MEANING, *ONLY_VALUES, *own_names}
     values: dict[str, Any] = {}
     ignored: list[str] = []

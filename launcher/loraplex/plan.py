@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from loraplex.flags import Settings
 from loraplex.launch_error import LaunchError
 from loraplex_models.config import ModelConfig
+from loraplex_models.cuts import CutError, RankPart
 from loraplex_models.registry import ARCHITECTURES
 from loraplex_quant.config import OnTheFly, QuantConfig, QuantConfigError, check_flag, settle_quantization
-from loraplex_server.config import DTYPES, FAIRNESS_KEY_PATTERN, EngineConfig, ServeConfig
+from loraplex_server.config import DTYPES, FAIRNESS_KEY_PATTERN, EngineConfig, LaunchConfig, ServeConfig
 from loraplex_server.machine import Machine
 from loraplex_server.messages import AdapterSpec
 
@@ -18,6 +19,8 @@ MAX_DEFAULT_THREADS = 4
 # How often an idle OpenMP thread looks for work before it sleeps. libgomp's default spins for milliseconds, which on
 # a shared two-core machine can make a step ten times slower; this keeps nearly all of the idle machine's speed.
 SPIN_COUNT = "2000"
+# A lost group of ranks is started again so often in a row: a fault that comes back each time is not cured by trying.
+DEFAULT_RESTARTS = 5
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 SCALE_BITS = 1  # of scales and zeros, for each number
 GIB = 1024**3
@@ -44,17 +47,22 @@ class ProcessSpec:
     name: str
     argv: tuple[str, ...]
     env: dict[str, str]
-    rank: int | None = None
+    rank: int | None = None  # of an engine process
     device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """All that the supervisor needs: the processes in starting order, their configuration, and lines for a person."""
+    """All that the supervisor needs: the processes in starting order, their configuration, and lines for a person.
+
+    `meeting_point` is where the ranks of several machines meet; those of one machine meet in the private folder.
+    """
 
     config: ServeConfig
     processes: tuple[ProcessSpec, ...]
     summary: tuple[str, ...] = ()
+    max_engine_restarts: int = 0
+    meeting_point: str | None = None
 
 
 def check_served(settings: Settings) -> None:
@@ -64,8 +72,8 @@ def check_served(settings: Settings) -> None:
         raise LaunchError(
             "no model given: name one with --model-id (a local folder or a hub id), or run 'loraplex demo'"
         )
-    if engine.num_shard > 1 or launch.sharded:
-        raise LaunchError("tensor-parallel shards are not served yet: leave --num-shard at 1 and --sharded out")
+    if launch.node_rank >= launch.nnodes:
+        raise LaunchError(f"--node-rank {launch.node_rank} of --nnodes {launch.nnodes}: they are counted from 0")
     if engine.quantize:
         try:
             check_flag(engine.quantize)
@@ -79,11 +87,17 @@ def check_served(settings: Settings) -> None:
 
 
 def make_plan(
-    settings: Settings, facts: CheckpointFacts, machine: Machine, *, openmp_set: frozenset[str]
+    settings: Settings,
+    facts: CheckpointFacts,
+    machine: Machine,
+    *,
+    openmp_set: frozenset[str],
+    num_gpus: int | None = None,
 ) -> LaunchPlan:
     """Resolve every «auto» that the launcher can resolve, and name the processes.
 
-    `openmp_set`: the OpenMP variables that the user has set, which stay as they are.
+    `openmp_set`: the OpenMP variables that the user has set, which stay as they are. `num_gpus`: the GPUs that the
+    environment makes visible, None where it says nothing.
     Raises LaunchError.
     """
     engine = settings.serve.engine
@@ -94,9 +108,13 @@ def make_plan(
         )
     quantization = _quantization(engine.quantize, facts)
     device = "cpu" if engine.device == "auto" else engine.device
+    num_ranks = _num_ranks(settings.launch, device, num_gpus)
+    num_local_ranks = num_ranks // settings.launch.nnodes
+    _check_cut(facts, num_ranks)
     dtype = _dtype(engine.dtype, facts, quantization, device)
     _check_memory(facts, dtype, quantization, machine)
-    default_threads = 0 if "OMP_NUM_THREADS" in openmp_set else min(machine.num_cores, MAX_DEFAULT_THREADS)
+    cores = max(1, machine.num_cores // num_local_ranks)
+    default_threads = 0 if "OMP_NUM_THREADS" in openmp_set else min(cores, MAX_DEFAULT_THREADS)
     threads = engine.num_threads or default_threads
     resolved = replace(
         engine,
@@ -104,17 +122,64 @@ def make_plan(
         dtype=dtype,
         device=device,
         num_threads=threads,
+        num_ranks=num_ranks,
+        num_local_ranks=num_local_ranks,
         adapters=replace(engine.adapters, sources=facts.adapters),
     )
+    launch = settings.launch
     api = replace(settings.serve.api, model_id=facts.model_id, model_sha=facts.revision)
+    first_rank = launch.node_rank * num_local_ranks
+    engines = (
+        ProcessSpec(
+            "engine" if rank == 0 else f"engine-{rank}",
+            (*_child_argv("engine"), "--rank", str(rank)),
+            _openmp(threads, openmp_set),
+            rank=rank,
+            device=device,
+        )
+        for rank in range(first_rank, first_rank + num_local_ranks)
+    )
+    apis = (ProcessSpec("api", _child_argv("api"), {}),) if launch.node_rank == 0 else ()
+    default_restarts = DEFAULT_RESTARTS if num_ranks > 1 else 0
     return LaunchPlan(
         config=replace(settings.serve, api=api, engine=resolved),
-        processes=(
-            ProcessSpec("api", _child_argv("api"), {}),
-            ProcessSpec("engine", _child_argv("engine"), _openmp(threads, openmp_set), rank=0, device=device),
-        ),
+        processes=(*apis, *engines),
         summary=_summary(facts, quantization, resolved),
+        max_engine_restarts=default_restarts if launch.max_engine_restarts is None else launch.max_engine_restarts,
+        meeting_point=_meeting_point(launch) if launch.nnodes > 1 else None,
     )
+
+
+def _num_ranks(launch: LaunchConfig, device: str, num_gpus: int | None) -> int:
+    """How many ranks share the model, over all machines; TGI's launcher decides the same way."""
+    visible = num_gpus if device == "cuda" else None
+    if launch.num_shard is not None:
+        num_ranks = launch.num_shard
+    elif launch.sharded:
+        if visible is None or visible < 2:
+            found = "on the CPU there are none" if device == "cpu" else f"{visible or 'no'} GPU is visible"
+            raise LaunchError(f"--sharded true takes all visible GPUs, and {found}: say how many with --num-shard")
+        num_ranks = visible * launch.nnodes
+    else:
+        num_ranks = launch.nnodes if launch.sharded is False else (visible or 1) * launch.nnodes
+    if num_ranks % launch.nnodes:
+        raise LaunchError(f"--num-shard {num_ranks} cannot be shared evenly by --nnodes {launch.nnodes}")
+    if visible is not None and num_ranks // launch.nnodes > visible:
+        raise LaunchError(f"--num-shard {num_ranks}: {visible} GPUs are visible on this machine")
+    return num_ranks
+
+
+def _check_cut(facts: CheckpointFacts, num_ranks: int) -> None:
+    try:
+        for rank in range(num_ranks):
+            RankPart(facts.config, rank, num_ranks)
+    except CutError as error:
+        raise LaunchError(f"model '{facts.model_id}': {error}") from None
+
+
+def _meeting_point(launch: LaunchConfig) -> str:
+    host = f"[{launch.master_addr}]" if ":" in launch.master_addr else launch.master_addr
+    return f"tcp://{host}:{launch.master_port}"
 
 
 def _openmp(threads: int, already_set: frozenset[str]) -> dict[str, str]:
@@ -193,7 +258,8 @@ def _summary(
     lines = [
         f"model {facts.model_id}{at}: {facts.config.architecture}, {facts.config.num_layers} layers, "
         f"{facts.weight_bytes / MIB:.0f} MiB{stored} in {facts.path}",
-        f"computing in {engine.dtype} on {engine.device} with {threads}, {engine.num_shard} rank",
+        f"computing in {engine.dtype} on {engine.device} with {threads}, {engine.num_ranks} rank"
+        + ("s" if engine.num_ranks > 1 else ""),
     ]
     lines += [
         f"adapter {adapter.adapter_id}: rank {adapter.rank}, {adapter.num_bytes / MIB:.1f} MiB from {adapter.path}"

@@ -1,4 +1,7 @@
-"""What each child of the supervisor runs: `python -m loraplex.processes api|engine --config FILE --control FD`."""
+"""What each child of the supervisor runs: `python -m loraplex.processes api|engine --config FILE --control FD`.
+
+An engine process may be given its `--rank` among those that share the model.
+"""
 
 import argparse
 import os
@@ -28,7 +31,7 @@ def _end_without_launcher(fd: int, folder: Path) -> None:
     os._exit(1)
 
 
-def _run(name: str, config: ServeConfig, control: ControlLine) -> int:
+def _run(name: str, config: ServeConfig, control: ControlLine, rank: int) -> int:
     # Imported here: each process loads its own side only, and the API process must stay free of torch.
     if name == "api":
         from loraplex_server.api.process import run as run_api
@@ -36,7 +39,7 @@ def _run(name: str, config: ServeConfig, control: ControlLine) -> int:
         return run_api(config, control)
     from loraplex_server.engine.process import run as run_engine
 
-    return run_engine(config, control)
+    return run_engine(config, control, rank)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -45,14 +48,16 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("name", choices=["api", "engine"])
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--control", type=int, required=True)
+    parser.add_argument("--rank", type=int, default=0)
     options = parser.parse_args(args)
     config = msgspec.json.decode(options.config.read_bytes(), type=ServeConfig)
     folder = options.config.parent
-    log.set_up(options.name, json_output=config.api.json_output, level=config.api.log_level)
+    name = f"{options.name}-{options.rank}" if options.rank else options.name
+    log.set_up(name, json_output=config.api.json_output, level=config.api.log_level)
     control = ControlLine.from_fd(options.control)
     threading.Thread(target=_end_without_launcher, args=(options.control, folder), daemon=True).start()
     try:
-        return _run(options.name, config, control)
+        return _run(options.name, config, control, options.rank)
     finally:
         if control.is_closed:  # the launcher is gone and cannot remove the folder
             shutil.rmtree(folder, ignore_errors=True)

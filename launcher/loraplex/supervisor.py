@@ -1,6 +1,7 @@
-"""Start the children, wait until they are ready, watch them, and stop them in order.
+"""Start the children, wait until they are ready, watch them, start a lost engine again, and stop them in order.
 
-Signal handlers only note the signal; the loop acts. Whatever ends the loop, no child outlives `run`.
+Signal handlers only note the signal; the loop acts. Whatever ends the loop, no child outlives `run`. The ranks of an
+engine live and die together; the API process outlives them.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ import msgspec
 
 from loraplex.child import Child
 from loraplex.console import Console
-from loraplex.plan import LaunchPlan
+from loraplex.plan import LaunchPlan, ProcessSpec
+from loraplex.restarts import Restarts
 
 # The loop looks at clocks and processes this often, also when nobody says anything.
 TICK_S = 0.5
@@ -42,39 +44,99 @@ class Supervisor:
         self._plan = plan
         self._console = console
         self._children: list[Child] = []
+        self._restarts = Restarts(plan.max_engine_restarts)
+        self._num_starts = 0  # of the engine
+        self._lost_at: float | None = None  # until the engine is ready again
+        self._start_at: float | None = None  # when a lost engine is to be started again
         self._signals: list[int] = []
         self._selector = selectors.DefaultSelector()
         self._wake_up, self._waker = socket.socketpair()
 
     def run(self) -> int:
-        """Serve until a signal (0) or the death of a child (1)."""
+        """Serve until a signal (0), or the death of a child that is not started again (1)."""
         with _private_folder() as folder, self._noting_signals():
             try:
-                self._start(folder)
-                return self._watch()
+                self._start([spec for spec in self._plan.processes if spec.rank is None], folder)
+                self._start_engine(folder)
+                return self._watch(folder)
             finally:
                 self._end_all()
 
-    def _start(self, folder: Path) -> None:
-        config = dataclasses.replace(self._plan.config, link_address=str(folder))
+    def _start_engine(self, folder: Path) -> None:
+        self._num_starts += 1
+        self._start_at = None
+        self._start([spec for spec in self._plan.processes if spec.rank is not None], folder)
+
+    def _start(self, specs: list[ProcessSpec], folder: Path) -> None:
+        config = dataclasses.replace(self._plan.config, link_address=str(folder), rendezvous=self._rendezvous(folder))
         config_file = folder / "serve.json"
         # A file in a folder of our own, and not an argument: the configuration holds API keys.
         config_file.write_bytes(msgspec.json.encode(config))
-        for spec in self._plan.processes:
+        for spec in specs:
             child = Child(spec, config_file)
             self._children.append(child)
             self._selector.register(child.line, selectors.EVENT_READ)
 
-    def _watch(self) -> int:
-        said_ready = False
+    def _rendezvous(self, folder: Path) -> str:
+        if self._plan.config.engine.num_ranks == 1:
+            return ""
+        # Each start has its own: a file still knows the ranks that have gone.
+        return self._plan.meeting_point or f"file://{folder / f'ranks-{self._num_starts}'}"
+
+    def _watch(self, folder: Path) -> int:
+        has_served = False
         while not self._signals:
             self._wait(TICK_S)
             if lost := self._first_lost():
-                return self._end_after_loss(lost)
-            if not said_ready and all(child.is_ready for child in self._children):
-                said_ready = True
-                self._console.line(f"ready on {self._url()}")
+                if not (has_served and lost.is_engine and self._give_up_engine(lost)):
+                    return self._end_after_loss(lost)
+            elif self._start_at is not None:
+                if time.monotonic() >= self._start_at:
+                    self._start_engine(folder)
+            elif all(child.is_ready for child in self._children):
+                if not has_served:
+                    has_served = True
+                    self._restarts.ready(time.monotonic())
+                    self._console.line(f"ready on {self._url()}" if self._apis() else "ready")
+                elif self._lost_at is not None:
+                    self._restarts.ready(time.monotonic())
+                    self._console.line(f"the engine is ready again after {time.monotonic() - self._lost_at:.1f} s")
+                    self._lost_at = None
         return self._drain()
+
+    def _apis(self) -> list[Child]:
+        return [child for child in self._children if not child.is_engine]
+
+    def _give_up_engine(self, lost: Child) -> bool:
+        """End all ranks of a lost engine, and plan its next start; False when it has been lost too often."""
+        now = time.monotonic()
+        delay_s = self._restarts.delay_s(now)
+        if delay_s is None:
+            return False
+        for api in self._apis():
+            api.line.send("engine_restarts")
+        self._lost_at = self._lost_at or now
+        self._start_at = now + delay_s
+        if lost.has_ended:
+            _wait_for_exit(lost, HANG_UP_GRACE_S)
+        times = f"{self._restarts.num_in_a_row} of {self._restarts.limit}"
+        self._console.end_progress()
+        self._console.warning(f"lost: {lost.why()}; starting the engine again ({times}) in {delay_s:.0f} s")
+        self._kill_engine()
+        return True
+
+    def _kill_engine(self) -> None:
+        """End all ranks by force: they wait for each other where no word reaches them."""
+        for child in [child for child in self._children if child.is_engine]:
+            child.send_signal(signal.SIGKILL)
+            child.process.wait()
+            self._forget(child)
+            self._children.remove(child)
+
+    def _forget(self, child: Child) -> None:
+        if child.line.fileno() in self._selector.get_map():
+            self._selector.unregister(child.line)
+        child.line.close()
 
     def _wait(self, timeout_s: float) -> None:
         """Listen to all children until something is said, and ask the silent ones for a sign of life."""
@@ -102,7 +164,7 @@ class Supervisor:
         now = time.monotonic()
         lost = [child for child in self._children if child.has_ended or child.is_hung(now)]
         # The one with a reason of its own, if several went together.
-        return min(lost, key=lambda child: child.failure is None, default=None)
+        return min(lost, key=lambda child: (child.has_lost_ranks, child.failure is None), default=None)
 
     def _end_after_loss(self, lost: Child) -> int:
         """A child is gone: tell the API process, so that clients get their errors, and stop the rest."""
@@ -111,9 +173,11 @@ class Supervisor:
             _wait_for_exit(lost, HANG_UP_GRACE_S)
         was_serving = all(child.is_ready for child in self._children)
         why = lost.why()
-        for child in self._children:
-            if child is not lost and child.name == "api":
-                child.line.send("engine_lost")
+        for api in self._apis():
+            if api is not lost:
+                api.line.send("engine_lost")
+        if lost.is_engine:
+            self._kill_engine()
         self._end_all()
         self._console.error(f"stopped: {why}" if was_serving else f"start failed: {why}")
         return 1
@@ -122,7 +186,7 @@ class Supervisor:
         """A stop was asked for: the API process finishes its requests, then the others go; a second signal cuts it."""
         self._console.end_progress()
         timeout_s = self._plan.config.api.graceful_termination_timeout
-        apis = [child for child in self._children if child.name == "api"]
+        apis = self._apis()
         self._console.line("stopping: no new requests; a second signal ends the running ones too")
         num_signals = len(self._signals)
         deadline = time.monotonic() + timeout_s + STOP_GRACE_S
@@ -153,7 +217,7 @@ class Supervisor:
             child.send_signal(signal.SIGKILL)
         for child in self._children:
             child.process.wait()
-            child.line.close()
+            self._forget(child)
         self._children.clear()
 
     def _url(self) -> str:

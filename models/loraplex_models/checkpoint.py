@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loraplex_models.cuts import Cut, CutError, LinearCut, RankPart
+from loraplex_quant.grouped import GroupedWeight, take_runs
 from loraplex_quant.method import FLOATS, LinearWeight, QuantFormatError, WeightFormat
 
 SINGLE_FILE = "model.safetensors"
@@ -29,15 +31,19 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """The open shards of one checkpoint folder: `take` each tensor once, then ask what was `left_over`.
 
-    `weight_format` reads the linears that are quantised; None where all are plain.
+    `weight_format` reads the linears that are quantised; None where all are plain. With `part`, linears are given as
+    that rank holds them.
     """
 
-    def __init__(self, folder: str | Path, weight_format: WeightFormat | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, weight_format: WeightFormat | None = None, part: RankPart | None = None
+    ) -> None:
         """Open the shards and read their headers.
 
         Raises CheckpointError when a file is missing or broken.
         """
         self.weight_format = weight_format
+        self._part = part
         self._folder = Path(folder)
         self._files: dict[str, Any] = {}  # those that are mapped now
         self._file_of: dict[str, str] = {}
@@ -109,8 +115,12 @@ class Checkpoint:
         return sorted(self._file_of.keys() - self._taken)
 
     def linear(self, module: str) -> "CheckpointLinear":
-        """Return the tensors of one linear, by suffix."""
-        return CheckpointLinear(self, module)
+        """Return the tensors of one linear, by suffix. Raises CheckpointError when it cannot be cut for the rank."""
+        try:
+            cut = None if self._part is None else self._part.linear(module)
+        except CutError as error:
+            raise CheckpointError(str(error)) from None
+        return CheckpointLinear(self, module) if cut is None else CutLinear(self, module, cut)
 
     def _open(self, name: str) -> None:
         self._map(name)
@@ -161,6 +171,41 @@ class CheckpointLinear:
         bias = self.take("bias", (out_size,)) if has_bias or "bias" in self else None
         # AutoGPTQ writes a bias of zeros for every linear that has none.
         return LinearWeight(quantized, bias if has_bias or bias is None or bool(bias.any()) else None)
+
+
+class CutLinear(CheckpointLinear):
+    """The same for a linear of which the rank holds a part."""
+
+    def __init__(self, checkpoint: Checkpoint, module: str, cut: LinearCut) -> None:
+        super().__init__(checkpoint, module)
+        self._cut = cut
+
+    def read(self, in_size: int, out_size: int, has_bias: bool) -> LinearWeight:
+        """Return the rank's part of weight and bias, whose sizes are given; of a plain weight nothing else is read.
+
+        Raises CheckpointError.
+        """
+        outputs, inputs = self._cut.outputs, self._cut.inputs
+        assert outputs is None or outputs.part_size == out_size
+        assert inputs is None or inputs.part_size == in_size
+        whole = super().read(
+            in_size if inputs is None else inputs.size, out_size if outputs is None else outputs.size, has_bias
+        )
+        bias = whole.bias if self._cut.has_bias else None
+        if isinstance(whole.weight, GroupedWeight):
+            runs = (None if cut is None else cut.runs for cut in (outputs, inputs))
+            weight: Tensor | GroupedWeight = whole.weight.part(*runs)
+        else:
+            weight = take_part(whole.weight, outputs, inputs)
+        return LinearWeight(weight, None if bias is None else take_part(bias, outputs))
+
+
+def take_part(tensor: Tensor, *cuts: Cut | None) -> Tensor:
+    """Return a rank's part of a tensor, given the cut of each dimension, None for all of it; it is dense."""
+    for dim, cut in enumerate(cuts):
+        if cut is not None:
+            tensor = take_runs(tensor, dim, cut.runs)
+    return tensor.contiguous()
 
 
 def _shard_names(folder: Path) -> list[str]:

@@ -12,7 +12,6 @@ from loraplex_models.forward import AttentionBatch, ForwardBatch, LoraBatch
 from loraplex_models.layers.activation import GATED_ACTIVATIONS
 from loraplex_models.layers.attention import Attention, AttentionPlan, KVCache, plan_attention
 from loraplex_models.layers.build import Build
-from loraplex_models.layers.embedding import Embedding, Head
 from loraplex_models.layers.linear import Linear
 from loraplex_models.layers.mlp import MLP
 from loraplex_models.layers.moe import SparseMLP
@@ -136,7 +135,10 @@ class CausalLM:
     layer_class: type[DecoderLayer] = DecoderLayer
 
     def __init__(self, config: ModelConfig, keeping: Keeping, group: ParallelGroup) -> None:
-        """Lay out the model without weights. Raises CheckpointError for what the config asks and nobody serves."""
+        """Lay out this rank's part of the model, of which `config` is the config, without weights.
+
+        Raises CheckpointError for what the config asks and nobody serves.
+        """
         if config.activation not in GATED_ACTIVATIONS:
             served = ", ".join(GATED_ACTIVATIONS)
             raise CheckpointError(f"activation '{config.activation}' is not served; served are {served}")
@@ -149,13 +151,13 @@ class CausalLM:
         except RopeError as error:
             raise CheckpointError(str(error)) from None
         attention, build = self._make_attention(), Build(keeping, group)
-        self._embedding = Embedding(config.vocab_size, config.hidden_size, dtype, device)
+        self._embedding = build.embedding(config.vocab_size, config.hidden_size)
         self.layers = [self.layer_class(config, i, attention, build) for i in range(config.num_layers)]
         self._norm = self.layer_class.norm_class(config.hidden_size, config.norm_eps, dtype, device)
         self._is_plain = (
             self.layer_class.is_plain() and group.size == 1 and all(isinstance(layer.mlp, MLP) for layer in self.layers)
         )
-        self._head = Head(config.vocab_size, config.hidden_size, keeping)
+        self._head = build.head(config.vocab_size, config.hidden_size)
 
     @property
     def linears(self) -> tuple[Linear, ...]:

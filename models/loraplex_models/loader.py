@@ -8,6 +8,7 @@ import torch
 
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
 from loraplex_models.config import ModelConfig, ModelConfigError, RopeConfig, read_config
+from loraplex_models.cuts import CutError, RankPart
 from loraplex_models.decoder import CausalLM
 from loraplex_models.parallel import ParallelGroup
 from loraplex_models.registry import ARCHITECTURES, find_model_class
@@ -37,8 +38,9 @@ def load_model(
     """Build the model of a folder and fill it from the folder's safetensors checkpoint.
 
     Layers are filled and packed one after the other, so that no second copy of the model exists at any time.
-    `quantize` is what --quantize says: it makes sure of the checkpoint's format, or quantises plain weights on the way.
-    `progress` is told the bytes done and the bytes in all. Raises CheckpointError.
+    Each rank of `group` reads its own part. `quantize` is what --quantize says: it makes sure of the checkpoint's
+    format, or quantises plain weights on the way. `progress` is told the bytes done and the bytes in all. Raises
+    CheckpointError.
     """
     if dtype not in SERVED_DTYPES:
         raise CheckpointError(f"dtype {dtype} is not served; served are float32, bfloat16 and float16")
@@ -48,8 +50,13 @@ def load_model(
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(f"architecture '{config.architecture}' is not served; served are {known}")
     stored, on_the_fly = _quantization(path, config, quantize)
-    model = model_class(config, Keeping(dtype, device, on_the_fly), group)
-    with Checkpoint(path, None if stored is None else weight_format(stored)) as checkpoint, torch.inference_mode():
+    try:
+        part = RankPart(config, group.rank, group.size)
+    except CutError as error:
+        raise CheckpointError(str(error)) from None
+    model = model_class(part.config, Keeping(dtype, device, on_the_fly), group)
+    stored_format = None if stored is None else weight_format(stored)
+    with Checkpoint(path, stored_format, part) as checkpoint, torch.inference_mode():
         for _ in model.load(checkpoint):
             checkpoint.release()
             if progress is not None:

@@ -35,6 +35,19 @@ class LaunchConfig:
     huggingface_hub_cache: str | None = setting(None, "folder of downloads from the hub")
     weights_cache_override: str | None = setting(None, "folder to take all files of the base model from")
     sharded: bool | None = setting(None, "true: use all visible GPUs; false: one rank")
+    num_shard: int | None = setting(
+        None, "tensor-parallel ranks; absent: one for each visible GPU, on the CPU one", minimum=1
+    )
+    nnodes: int = setting(1, "machines that share the ranks evenly; each runs its own launcher", minimum=1)
+    node_rank: int = setting(0, "number of this machine among them; the API is served by number 0", minimum=0)
+    master_addr: str = setting("localhost", "with several machines: address of number 0, as the others reach it")
+    master_port: int = setting(29500, "with several machines: port on which number 0 waits for the others", minimum=1)
+    max_engine_restarts: int | None = setting(
+        None,
+        "how often in a row a lost engine is started again before the launcher ends; absent: 5 with several ranks, 0 "
+        "with one",
+        minimum=0,
+    )
     hub_token: str | None = None  # a secret: from the environment only, never from a command line that others can read
     hub_endpoint: str | None = None
     hub_offline: bool = False
@@ -66,7 +79,8 @@ class EngineConfig:
         "auto", "type of weights and computation; auto takes the checkpoint's", choices=("auto", *DTYPES)
     )
     device: str = setting("auto", "where the model runs; auto takes the best that is served", choices=DEVICES)
-    num_shard: int = setting(1, "tensor-parallel ranks", minimum=1)
+    num_ranks: int = 1  # tensor-parallel, over all machines
+    num_local_ranks: int = 1  # those on this machine
     quantize: str | None = setting(
         None, "weight format of the checkpoint, found by itself when absent; or what plain weights become while loading"
     )
@@ -170,3 +184,4 @@ class ServeConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     adapter_sources: AdapterSourceConfig = field(default_factory=AdapterSourceConfig)
     link_address: str = ""  # a private folder (mode 0700) for the link's sockets
+    rendezvous: str = ""  # where the ranks of this start meet, see ParallelGroup.join; empty for one rank

@@ -1,21 +1,25 @@
 """The line between the supervisor and each process it starts: JSON lines over an inherited socket.
 
-The child says `ready`, `progress` or `failed`; the supervisor says `ping`, which the child's loop answers with
-`pong`, `engine_lost`, and `stop`, which follows a SIGTERM and only wakes a child that waits on its line. The end of
-the stream means that the other side is gone.
+The child says `progress`, `ready`, `failed`, or `ranks_lost` when it ends only because other ranks have. The
+supervisor says `ping`, which is answered with `pong`; `stop`, which follows a SIGTERM and only wakes a child that waits
+on its line; and to the API process `engine_lost`, or `engine_restarts` when another engine will take its place. The end
+of the stream means that the other side is gone.
 """
 
 import json
+import select
 import socket
+import threading
 from typing import Any
 
 
 class ControlLine:
-    """One end of the line; never blocks on reading."""
+    """One end of the line; never blocks on reading. Any thread may send, one thread may receive."""
 
     def __init__(self, connection: socket.socket):
         connection.setblocking(False)
         self._connection = connection
+        self._sending = threading.Lock()
         self._buffer = b""
         self.is_closed = False
 
@@ -30,14 +34,14 @@ class ControlLine:
 
     def send(self, event: str, **fields: Any) -> None:
         """Say one thing; nothing happens when the other side is gone."""
-        line = json.dumps({"event": event, **fields}).encode() + b"\n"
-        try:
-            self._connection.setblocking(True)
-            self._connection.sendall(line)
-        except OSError:
-            self.is_closed = True
-        finally:
-            self._connection.setblocking(False)
+        rest = memoryview(json.dumps({"event": event, **fields}).encode() + b"\n")
+        with self._sending:
+            try:
+                while rest:
+                    select.select((), (self._connection,), ())
+                    rest = rest[self._connection.send(rest) :]
+            except OSError:
+                self.is_closed = True
 
     def receive(self) -> list[dict[str, Any]]:
         """Everything said since the last call; `is_closed` turns true when the other side is gone."""

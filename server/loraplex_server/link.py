@@ -33,6 +33,7 @@ class ApiLink:
             socket.set_hwm(HIGH_WATER_MARK)
             socket.setsockopt(zmq.LINGER, 0)
             socket.bind(_address(folder, name))
+        self._num_engines_lost = 0
         self._arrived: deque[bytes] = deque()
         self._readable = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -40,14 +41,24 @@ class ApiLink:
         self._loop.add_reader(self._descriptor, self._readable.set)
 
     async def send(self, message: ToEngine) -> None:
-        """Hand one message over; waits while no engine is connected, or it has stood still for very long."""
+        """Hand one message over; waits while no engine is connected, or it has stood still for very long.
+
+        When the engine is lost meanwhile, the message is dropped: it was not meant for the next one.
+        """
         data = encode(message)
-        while True:
+        num_engines_lost = self._num_engines_lost
+        while num_engines_lost == self._num_engines_lost:
             try:
                 self._to_engine.send(data, zmq.NOBLOCK)
                 return
             except zmq.Again:
                 await asyncio.sleep(RETRY_S)
+
+    def engine_lost(self) -> None:
+        """The engine is gone, and another may come in its place: forget what the first had still said."""
+        self._num_engines_lost += 1
+        self._take_all()
+        self._arrived.clear()
 
     async def receive(self) -> FromEngine:
         """Wait for the engine's next message."""

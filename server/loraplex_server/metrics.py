@@ -32,6 +32,7 @@ COUNTERS = {
     "loraplex_adapter_loads": "adapters brought into a tier",
     "loraplex_adapter_evictions": "adapters that left a tier",
     "loraplex_adapter_load_failures": "adapters that could not be brought into a tier",
+    "loraplex_engine_restarts": "times that the engine was lost and started again",
 }
 LABELLED = {
     "tgi_request_failure",
@@ -184,14 +185,15 @@ class Metrics:
         )
 
     def set_limits(self, limits: EngineReady) -> None:
-        """Make the histograms whose buckets depend on the engine's limits."""
+        """Take over what depends on the engine's limits; the histograms keep the buckets of the first engine."""
         for name, text, top in (
             ("tgi_request_input_length", "prompt tokens of a request", limits.max_input_tokens),
             ("tgi_request_max_new_tokens", "tokens that a request may generate", limits.max_total_tokens),
             ("tgi_request_generated_tokens", "tokens that a request generated", limits.max_total_tokens),
         ):
-            buckets = [top * (i + 1) / 100 for i in range(100)]
-            self._lengths[name] = Histogram(name, text, buckets=buckets, registry=self._registry)
+            if name not in self._lengths:
+                buckets = [top * (i + 1) / 100 for i in range(100)]
+                self._lengths[name] = Histogram(name, text, buckets=buckets, registry=self._registry)
         self._gauges["tgi_batch_max_total_tokens"].set(limits.max_batch_total_tokens)
         self._gauges["loraplex_kv_blocks"].set(limits.num_kv_blocks)
         self._gauges["loraplex_adapter_host_budget_bytes"].set(limits.adapter_host_budget_bytes)
@@ -264,6 +266,11 @@ class Metrics:
         # The engine does not split these two by kind of step.
         self._observe_steps("tgi_batch_forward_duration", "all", stats.forward_s)
         self._observe_steps("tgi_batch_decode_duration", "all", stats.sample_s)
+
+    def engine_lost(self) -> None:
+        """Nothing runs until another engine has started."""
+        self.observe_stats(EngineStats())
+        self._counters.add("loraplex_engine_restarts")
 
     def render(self) -> bytes:
         """All series in Prometheus' text format."""

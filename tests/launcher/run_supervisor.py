@@ -18,7 +18,9 @@ def main() -> int:
     specs = []
     for child in children:
         name, behaviour = child.split("=")
-        specs.append(ProcessSpec(name, (sys.executable, str(FAKE_CHILD), behaviour, marks), {"FAKE_CHILD": "yes"}))
+        rank = None if name == "api" else len(specs) - 1
+        argv = (sys.executable, str(FAKE_CHILD), behaviour, marks)
+        specs.append(ProcessSpec(name, argv, {"FAKE_CHILD": "yes"}, rank=rank))
     config = ServeConfig(api=ApiConfig(hostname="127.0.0.1", port=3999, graceful_termination_timeout=int(timeout)))
     return Supervisor(LaunchPlan(config, tuple(specs)), Console(bars=False)).run()
 

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -188,8 +189,7 @@ def test_a_stored_dtype_that_is_not_computed_in_needs_a_choice() -> None:
     ("launch", "engine", "named"),
     [
         (LaunchConfig(), EngineConfig(), "--model-id"),
-        (LaunchConfig(model_id="m"), EngineConfig(num_shard=2), "not served yet"),
-        (LaunchConfig(model_id="m", sharded=True), EngineConfig(), "not served yet"),
+        (LaunchConfig(model_id="m", nnodes=2, node_rank=2), EngineConfig(), "--node-rank 2 of --nnodes 2"),
         (LaunchConfig(model_id="m"), EngineConfig(quantize="exl2"), "exl2 is not served; served are gptq"),
         (LaunchConfig(model_id="m"), EngineConfig(rope_factor=2.0), "--rope-scaling"),
         (LaunchConfig(model_id="m"), EngineConfig(rope_scaling="linear"), "--rope-factor"),
@@ -200,6 +200,84 @@ def test_what_is_not_served_is_refused_before_anything_is_fetched(
 ) -> None:
     with pytest.raises(LaunchError, match=named):
         check_served(settings(launch, engine))
+
+
+def sharded_plan(num_gpus: int | None = None, device: str = "cpu", **launch: Any) -> LaunchPlan:
+    wanted = settings(LaunchConfig(model_id="m", **launch), EngineConfig(device=device))
+    return make_plan(wanted, FACTS, MACHINE, openmp_set=frozenset(), num_gpus=num_gpus)
+
+
+# Rows are what TGI's launcher decides: --sharded, --num-shard, GPUs that the environment names → ranks.
+@pytest.mark.parametrize(
+    ("sharded", "num_shard", "num_gpus", "num_ranks"),
+    [
+        (None, None, None, 1),
+        (None, None, 1, 1),
+        (None, None, 4, 4),
+        (None, 2, 4, 2),
+        (False, None, 4, 1),
+        (False, 2, 4, 2),
+        (True, None, 4, 4),
+        (True, 2, 4, 2),
+        (True, 4, None, 4),
+    ],
+)
+def test_the_ranks_follow_the_flags_and_the_visible_gpus(
+    sharded: bool | None, num_shard: int | None, num_gpus: int | None, num_ranks: int
+) -> None:
+    made = sharded_plan(num_gpus, "cuda", sharded=sharded, num_shard=num_shard)
+    assert [spec.rank for spec in made.processes] == [None, *range(num_ranks)]
+    assert made.config.engine.num_ranks == made.config.engine.num_local_ranks == num_ranks
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "device", "launch", "named"),
+    [
+        (1, "cuda", {"sharded": True}, "1 GPU is visible"),
+        (None, "cuda", {"sharded": True}, "no GPU is visible"),
+        (4, "cpu", {"sharded": True}, "on the CPU there are none"),
+        (2, "cuda", {"num_shard": 3}, "2 GPUs are visible"),
+        (None, "cpu", {"num_shard": 3, "nnodes": 2}, "cannot be shared evenly by --nnodes 2"),
+        (None, "cpu", {"num_shard": 5}, "5 ranks are more than the model's 4 attention heads"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(
+    num_gpus: int | None, device: str, launch: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(LaunchError, match=named):
+        sharded_plan(num_gpus, device, **launch)
+
+
+def test_visible_gpus_are_no_ranks_on_the_cpu() -> None:
+    assert sharded_plan(4, "cpu").config.engine.num_ranks == 1
+
+
+def test_ranks_of_one_machine_share_its_cores() -> None:
+    made = sharded_plan(num_shard=4)
+    assert [spec.name for spec in made.processes] == ["api", "engine", "engine-1", "engine-2", "engine-3"]
+    assert [spec.env["OMP_NUM_THREADS"] for spec in made.processes[1:]] == ["2"] * 4
+    assert [spec.argv[-2:] for spec in made.processes[1:]] == [("--rank", str(rank)) for rank in range(4)]
+    assert made.config.engine.num_threads == 2
+    assert made.meeting_point is None
+
+
+def test_each_machine_starts_its_own_ranks_and_the_first_one_the_api() -> None:
+    machines = {"num_shard": 4, "nnodes": 2, "master_addr": "10.0.0.1", "master_port": 1234}
+    first, second = (sharded_plan(**machines, node_rank=rank) for rank in (0, 1))
+    assert [spec.name for spec in first.processes] == ["api", "engine", "engine-1"]
+    assert [spec.name for spec in second.processes] == ["engine-2", "engine-3"]
+    assert first.meeting_point == second.meeting_point == "tcp://10.0.0.1:1234"
+    assert first.config.engine.num_ranks == 4 and first.config.engine.num_local_ranks == 2
+
+
+@pytest.mark.parametrize(
+    ("launch", "limit"), [({}, 0), ({"num_shard": 2}, 5), ({"num_shard": 2, "max_engine_restarts": 0}, 0)]
+)
+def test_a_group_of_ranks_is_started_again_and_a_single_engine_only_when_asked(
+    launch: dict[str, Any], limit: int
+) -> None:
+    assert sharded_plan(**launch).max_engine_restarts == limit
+    assert sharded_plan(max_engine_restarts=3).max_engine_restarts == 3
 
 
 def test_the_summary_says_what_was_resolved() -> None:

@@ -31,7 +31,7 @@ import sys, time
 sys.path[:0] = {roots!r}
 from loraplex import processes
 processes.ORPHAN_GRACE_S = 0.0
-processes._run = lambda name, config, control: time.sleep(600)
+processes._run = lambda name, config, control, rank: time.sleep(600)
 sys.exit(processes.main(sys.argv[1:]))
 """
 
@@ -46,10 +46,10 @@ def write_config(folder: Path) -> Path:
 def test_a_child_gets_the_configuration_that_the_launcher_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[str, ServeConfig]] = []
+    seen: list[tuple[str, ServeConfig, int]] = []
 
-    def run(name: str, config: ServeConfig, control: ControlLine) -> int:
-        seen.append((name, config))
+    def run(name: str, config: ServeConfig, control: ControlLine, rank: int) -> int:
+        seen.append((name, config, rank))
         control.close()
         return 5
 
@@ -58,10 +58,11 @@ def test_a_child_gets_the_configuration_that_the_launcher_wrote(
     monkeypatch.setattr(processes, "_end_without_launcher", lambda fd, folder: None)
     file = write_config(tmp_path / "link")
     ours, theirs = socket.socketpair()
+    args = ["engine", "--rank", "3", "--config", str(file), "--control"]
     with ours:
-        assert processes.main(["engine", "--config", str(file), "--control", str(os.dup(theirs.fileno()))]) == 5
+        assert processes.main([*args, str(os.dup(theirs.fileno()))]) == 5
         theirs.close()
-    assert seen == [("engine", CONFIG)]
+    assert seen == [("engine", CONFIG, 3)]
     assert file.exists()  # the launcher is there and clears up itself
 
 

@@ -207,8 +207,3 @@ def test_an_option_that_is_not_served_is_refused(options: dict[str, Any], messag
     make_tiny_llama(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path, **options)
-
-
-def test_a_group_of_several_ranks_is_refused() -> None:
-    with pytest.raises(ValueError, match="one rank only"):
-        ParallelGroup(0, 2)

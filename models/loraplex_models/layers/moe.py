@@ -85,6 +85,7 @@ class SparseMLP:
         self._num_chosen = experts.num_chosen
         self._rescales = experts.rescales
         self._activate = activate
+        self._group = build.group
 
     @property
     def num_bytes(self) -> int:
@@ -100,4 +101,6 @@ class SparseMLP:
         """Return what the chosen experts give for x [T, hidden], plus `addend`."""
         route = route_tokens(self._router.forward(x, None), self._num_chosen, self._rescales)
         inner = self._activate(self._up.forward(x.index_select(0, route.tokens), route.starts))
-        return sum_experts(self._down.forward(inner, route.starts), route, addend)
+        # Each rank has a part of every expert's inner units, and so a summand of what it gives.
+        addend = addend if self._group.rank == 0 else None
+        return self._group.all_reduce(sum_experts(self._down.forward(inner, route.starts), route, addend))

@@ -36,6 +36,9 @@ class Link(Protocol):
     async def receive(self) -> FromEngine:
         """Wait for the engine's next message."""
 
+    def engine_lost(self) -> None:
+        """Drop the message that waits to be handed over."""
+
 
 class _Reply:
     """The outputs of one request that its reader has not taken yet."""
@@ -122,6 +125,15 @@ class EngineClient:
             reply.error = error
             reply.wake()
 
+    def engine_lost(self, error: LoraplexError) -> None:
+        """The engine is gone and another will take its place: until that is ready, every request ends with `error`."""
+        self.fail_all(error)
+        while not self._outbox.empty():
+            self._outbox.get_nowait()
+        self._link.engine_lost()
+        if self._ready.done():
+            self._ready = asyncio.get_running_loop().create_future()
+
     @property
     def has_sent_all(self) -> bool:
         """Whether everything was handed to the link."""
@@ -146,6 +158,7 @@ class EngineClient:
                         self._on_stats(stats)
                 case EngineReady() as ready:
                     if not self._ready.done():
+                        self._lost = None
                         self._ready.set_result(ready)
                 case AdapterStatus() as status:
                     if status.error is not None:

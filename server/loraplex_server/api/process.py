@@ -24,6 +24,7 @@ from loraplex_server.config import ApiConfig, ServeConfig
 from loraplex_server.control import ControlLine
 from loraplex_server.errors import GenerationFailed, LoraplexError
 from loraplex_server.link import ApiLink
+from loraplex_server.messages import LoadAdapter
 from loraplex_server.metrics import Metrics
 from loraplex_server.text.chat_template import ChatTemplate, ChatTemplateError
 from loraplex_server.text.guide_check import Setup
@@ -158,15 +159,15 @@ class _ApiProcess:
         loop.add_reader(self._control.fileno(), self._read_control)
         carrying = asyncio.create_task(self._client.run())
         carrying.add_done_callback(self._carrying_ended)
-        starting = asyncio.create_task(self._start())
-        starting.add_done_callback(self._starting_ended)
+        self._starting = asyncio.create_task(self._start())
+        self._starting.add_done_callback(self._starting_ended)
         try:
             await self._server.serve(sockets=[self._listener])
         finally:
             loop.remove_reader(self._control.fileno())
-            for task in (starting, carrying):
+            for task in (self._starting, carrying):
                 task.cancel()
-            await asyncio.gather(starting, carrying, return_exceptions=True)
+            await asyncio.gather(self._starting, carrying, return_exceptions=True)
             if self._guides is not None:
                 await self._guides.close()
             self._adapters.close()
@@ -180,22 +181,40 @@ class _ApiProcess:
             Tokenizer.load, engine.model_path, api.validation_workers, api.tokenizer_config_path
         )
         chat_template = await asyncio.to_thread(_load_chat_template, engine.model_path, api.tokenizer_config_path)
+        self._text = tokenizer, chat_template
+        await self._start_serving()
+        self._control.send("ready", port=self._port)
+
+    async def _start_serving(self) -> None:
+        """Serve as soon as the engine is ready, the first one or one that takes its place."""
+        tokenizer, chat_template = self._text
+        api = self._config.api
         limits = await self._client.ready()
         self._metrics.set_limits(limits)
-        if not api.disable_grammar_support:
-            path = str(Path(engine.model_path) / "tokenizer.json")
+        if self._guides is None and not api.disable_grammar_support:
+            path = str(Path(self._config.engine.model_path) / "tokenizer.json")
             self._guides = GuideChecker(Setup(path, limits.vocab_size, limits.end_token_ids))
         admission = Admission(
             api,
             limits,
             tokenizer,
             self._adapters,
-            prefill_logprobs=engine.enable_prefill_logprobs,
+            prefill_logprobs=self._config.engine.enable_prefill_logprobs,
             check_guide=self._guides.check if self._guides is not None else None,
         )
         generator = Generator(admission, self._client, tokenizer, self._metrics)
         self._state.start_serving(Serving(generator, limits, chat_template))
-        self._control.send("ready", port=self._port)
+
+    def _engine_restarts(self) -> None:
+        """The engine is gone: its requests end with an error, and others wait for the next one."""
+        self._client.engine_lost(GenerationFailed("Server error: the engine was lost and is started again"))
+        for spec in self._adapters.contents.specs():
+            self._client.tell(LoadAdapter(spec=spec))
+        self._metrics.engine_lost()
+        self._state.engine_lost()
+        self._starting.cancel()
+        self._starting = asyncio.create_task(self._start_serving())
+        self._starting.add_done_callback(self._starting_ended)
 
     def _starting_ended(self, task: asyncio.Task[None]) -> None:
         if task.cancelled() or task.exception() is None:
@@ -219,6 +238,8 @@ class _ApiProcess:
         for message in self._control.receive():
             if message["event"] == "ping":
                 self._control.send("pong", **{key: value for key, value in message.items() if key != "event"})
+            elif message["event"] == "engine_restarts":
+                self._engine_restarts()
             elif message["event"] == "engine_lost":
                 self._fail(GenerationFailed("Server error: the engine has stopped"))
         if self._control.is_closed:

@@ -27,30 +27,34 @@ class Serving:
 
 
 class ApiState:
-    """The life of the API process: loading → ready → stopping or failed."""
+    """The life of the API process: loading → ready → stopping or failed; restarting while the engine is lost."""
 
     def __init__(self, config: ServeConfig, adapters: AdapterFinder, metrics: Metrics):
         self.config = config
         self.adapters = adapters
         self.metrics = metrics
-        self.phase: Literal["loading", "ready", "stopping", "failed"] = "loading"
+        self.phase: Literal["loading", "ready", "restarting", "stopping", "failed"] = "loading"
+        self.limits: EngineReady | None = None  # the engine's, once they are known
         self._serving: asyncio.Future[Serving] = asyncio.get_running_loop().create_future()
 
     def start_serving(self, serving: Serving) -> None:
         """The engine is ready."""
-        if self.phase == "loading":
+        if self.phase in ("loading", "restarting"):
             self.phase = "ready"
+        self.limits = serving.limits
         self._serving.set_result(serving)
+
+    def engine_lost(self) -> None:
+        """The engine is gone, and `start_serving` will be called when another has taken its place."""
+        if self.phase == "ready":
+            self.phase = "restarting"
+        if self._serving.done():
+            self._serving = asyncio.get_running_loop().create_future()
 
     @property
     def is_healthy(self) -> bool:
         """Whether new requests should come here."""
         return self.phase == "ready"
-
-    @property
-    def limits(self) -> EngineReady | None:
-        """The engine's limits, once they are known."""
-        return self._serving.result().limits if self._serving.done() else None
 
     @property
     def compute_type(self) -> str:
@@ -62,12 +66,13 @@ class ApiState:
 
     async def serving(self) -> Serving:
         """What an inference route needs; refused while loading (after a moment) and when the engine is gone."""
-        if self.phase == "loading":
+        if self.phase in ("loading", "restarting"):
             try:
                 async with asyncio.timeout(HOLD_BACK_S):
                     return await asyncio.shield(self._serving)
             except TimeoutError as error:
-                raise NotReady("the model is still loading; /health answers 200 when it is ready") from error
+                what = "model is still loading" if self.phase == "loading" else "engine was lost and is started again"
+                raise NotReady(f"the {what}; /health answers 200 when it is ready") from error
         if self.phase == "failed" or not self._serving.done():
             raise NotReady("the server is going down")
         return self._serving.result()

@@ -1,11 +1,12 @@
 """Share out the memory that is left after the weights, and settle the limits that follow from it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from loraplex_models.config import ModelConfig
+from loraplex_models.decoder import CausalLM
 from loraplex_server.config import AdapterConfig, EngineConfig
 from loraplex_server.machine import look_at_machine
 
@@ -57,6 +58,19 @@ def num_bytes_of(text: str, whole_bytes: int, flag: str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
+def settle_group_limits(config: EngineConfig, model: CausalLM) -> Limits:
+    """The limits that every rank of the model's group can keep, the same on each.
+
+    Raises NotEnoughMemory, and RanksLost when another rank has ended.
+    """
+    limits = settle_limits(config, model.config, model.kv_bytes_per_block(config.block_size))
+    num_blocks = min(number for (number,) in model.group.gather_numbers([limits.num_kv_blocks]))
+    if num_blocks == limits.num_kv_blocks:
+        return limits
+    config = replace(config, num_kv_blocks=num_blocks)
+    return settle_limits(config, model.config, model.kv_bytes_per_block(config.block_size))
+
+
 def settle_limits(config: EngineConfig, model: ModelConfig, kv_bytes_per_block: int) -> Limits:
     """Resolve every «auto» of the KV cache and of the request lengths, once.
 
@@ -74,7 +88,7 @@ def settle_limits(config: EngineConfig, model: ModelConfig, kv_bytes_per_block: 
     elif config.max_batch_total_tokens:
         num_blocks = -(-config.max_batch_total_tokens // size)
     else:
-        free_bytes = int(look_at_machine().memory_bytes * config.kv_memory_fraction)
+        free_bytes = int(look_at_machine().memory_bytes * config.kv_memory_fraction) // config.num_local_ranks
         num_blocks = min(free_bytes // kv_bytes_per_block, most_blocks)
     capacity = num_blocks * size
     if config.max_total_tokens and capacity < max_total:

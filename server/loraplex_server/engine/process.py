@@ -4,28 +4,31 @@ import logging
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from loraplex_kernels.warm_up import warm_up
+from loraplex_models.adapters.cut import cut_adapter
 from loraplex_models.adapters.finish import check_against_base
 from loraplex_models.adapters.manifest import ManifestError, check_adapter, module_shapes
 from loraplex_models.adapters.pages import footprint, page_bytes
 from loraplex_models.adapters.weights import AdapterWeights, load_adapter_weights
 from loraplex_models.checkpoint import CheckpointError
 from loraplex_models.config import ModelConfig, ModelConfigError, read_config
+from loraplex_models.cuts import CutError, RankPart
 from loraplex_models.decoder import CausalLM
 from loraplex_models.loader import load_model
-from loraplex_models.parallel import ParallelGroup
+from loraplex_models.parallel import ParallelGroup, RanksLost
 from loraplex_server.config import EngineConfig, ServeConfig
 from loraplex_server.control import ControlLine
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.executor import LocalExecutor
 from loraplex_server.engine.guided import GrammarLibrary, GuidedRows
-from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_limits
+from loraplex_server.engine.heartbeat import Heartbeat
+from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_group_limits
 from loraplex_server.engine.sampler import Sampler
+from loraplex_server.engine.shards import GroupExecutor, follow
 from loraplex_server.engine.worker import Worker
 from loraplex_server.link import EngineLink
 from loraplex_server.messages import (
@@ -48,8 +51,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 IDLE_WAIT_S = 1.0
 # How long it sleeps when every sequence waits for an adapter that a reader thread is still loading.
 LOADING_WAIT_S = 0.002
-# How often pings are answered while kernels are compiled.
-WARM_UP_WAIT_S = 0.05
 # Loading is reported to the supervisor this often.
 PROGRESS_INTERVAL_S = 0.2
 # Adapters that the report at start names one by one.
@@ -57,27 +58,45 @@ MAX_LISTED_ADAPTERS = 20
 
 
 def build_engine(config: EngineConfig, model: CausalLM, limits: Limits) -> Engine:
-    """The engine of one process: one rank on the device that the model is on."""
-    device = torch.device(resolve_device(config.device))
-    dtype = resolve_dtype(config.dtype, model.config.dtype)
+    """The engine over the ranks of the model's group, of which this process is rank 0."""
+    end_token_ids = model.config.end_token_ids
+    grammars = GrammarLibrary(config.model_path, model.config.vocab_size, tuple(end_token_ids))
+    worker = build_worker(config, model, limits, grammars)
+    return Engine(
+        config,
+        LocalExecutor(worker) if model.group.size == 1 else GroupExecutor(worker, model.group),
+        num_kv_blocks=limits.num_kv_blocks,
+        end_token_ids=frozenset(end_token_ids),
+        grammars=grammars,
+        device_bytes_of=_device_bytes_of(model.config, model.dtype.itemsize),
+    )
+
+
+def build_worker(
+    config: EngineConfig, model: CausalLM, limits: Limits, grammars: GrammarLibrary | None = None
+) -> Worker:
+    """This process's rank, on the device that the model is on; rank 0 samples, and takes grammars for that."""
+    group, dtype = model.group, model.dtype
+    whole = read_config(config.model_path)
+    part = RankPart(whole, group.rank, group.size)
 
     def read_adapter(path: str) -> AdapterWeights:
-        manifest = check_adapter(path, model.config, max_rank=config.adapters.max_lora_rank)
+        manifest = check_adapter(path, whole, max_rank=config.adapters.max_lora_rank)
         weights = load_adapter_weights(path, manifest, dtype=dtype)
+        if group.size > 1:
+            return cut_adapter(weights, part)
         check_against_base(weights, model)
         return weights
 
-    end_token_ids = frozenset(model.config.end_token_ids)
-    grammars = GrammarLibrary(config.model_path, model.config.vocab_size, tuple(end_token_ids))
     sampler = Sampler(
         config.max_batch_size,
         model.config.vocab_size,
-        device,
+        model.device,
         watermark_gamma=config.watermark_gamma,
         watermark_delta=config.watermark_delta,
-        guided_rows=GuidedRows(grammars),
+        guided_rows=None if grammars is None else GuidedRows(grammars),
     )
-    worker = Worker(
+    return Worker(
         model,
         num_kv_blocks=limits.num_kv_blocks,
         block_size=config.block_size,
@@ -87,15 +106,8 @@ def build_engine(config: EngineConfig, model: CausalLM, limits: Limits) -> Engin
         max_lora_rank=config.adapters.max_lora_rank,
         read_adapter=read_adapter,
         sampler=sampler,
-        device=device,
-    )
-    return Engine(
-        config,
-        LocalExecutor(worker),
-        num_kv_blocks=limits.num_kv_blocks,
-        end_token_ids=end_token_ids,
-        grammars=grammars,
-        device_bytes_of=_device_bytes_of(model.config, dtype.itemsize),
+        device=model.device,
+        samples=group.rank == 0,
     )
 
 
@@ -119,13 +131,24 @@ def resolve_dtype(name: str, checkpoint_dtype: str) -> torch.dtype:
     return DTYPES[checkpoint_dtype if name == "auto" else name]
 
 
-def load_base_model(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> CausalLM:
-    """The base model with its weights; `progress` is told the bytes done and the bytes in all."""
+def rank_device(config: EngineConfig, rank: int) -> torch.device:
+    """The device of one rank: on GPUs, those of a machine in order."""
+    name = resolve_device(config.device)
+    return torch.device(name, rank % config.num_local_ranks) if name == "cuda" else torch.device(name)
+
+
+def load_base_model(
+    config: EngineConfig,
+    progress: Callable[[int, int], None] | None = None,
+    group: ParallelGroup | None = None,
+) -> CausalLM:
+    """The base model with its weights, or a rank's part; `progress` is told the bytes done and the bytes in all."""
+    group = ParallelGroup.single() if group is None else group
     return load_model(
         config.model_path,
         dtype=resolve_dtype(config.dtype, read_config(config.model_path).dtype),
-        device=torch.device(resolve_device(config.device)),
-        group=ParallelGroup.single(),
+        device=rank_device(config, group.rank),
+        group=group,
         rope_scaling=config.rope_scaling,
         rope_factor=config.rope_factor,
         quantize=config.quantize,
@@ -133,75 +156,98 @@ def load_base_model(config: EngineConfig, progress: Callable[[int, int], None] |
     )
 
 
-def run(config: ServeConfig, control: ControlLine) -> int:
+def run(config: ServeConfig, control: ControlLine, rank: int = 0) -> int:
     """The life of an engine process; returns its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor stops us in order
-    stopping: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
-    if config.engine.num_threads:
-        torch.set_num_threads(config.engine.num_threads)
+    heartbeat = Heartbeat(control)
     try:
-        model = _load(config.engine, control)
-        limits = settle_limits(config.engine, model.config, model.kv_bytes_per_block(config.engine.block_size))
-        engine = build_engine(config.engine, model, limits)
-        _warm_up(engine, model, control)
-    except (CheckpointError, ModelConfigError, ManifestError, NotEnoughMemory) as error:
-        control.send("failed", error=str(error))
+        if rank == 0:
+            _lead(config, heartbeat)
+        else:
+            _follow(config, heartbeat, rank)
+    except (CheckpointError, ModelConfigError, ManifestError, NotEnoughMemory, CutError) as error:
+        heartbeat.send("failed", error=str(error))
         return 1
     except (MemoryError, torch.OutOfMemoryError) as error:
-        control.send("failed", error=f"out of memory while loading: {error}; try a smaller model or a shorter dtype")
+        heartbeat.send("failed", error=f"out of memory while loading: {error}; try a smaller model or a shorter dtype")
         return 1
-    for spec in config.engine.adapters.sources:
-        engine.load_adapter(spec)
-    link = EngineLink(config.link_address)
-    link.send(_ready(config.engine, model, limits, engine.adapters))
-    control.send("ready", report=_capacity_report(config.engine, model, limits, engine.adapters))
-    try:
-        _loop(engine, link, control, stopping)
+    except RanksLost as error:
+        logger.error("rank %d has lost the others: %s", rank, error)
+        heartbeat.send("ranks_lost")
+        return 1
     finally:
-        link.close()
+        heartbeat.close()
     return 0
 
 
-def _load(config: EngineConfig, control: ControlLine) -> CausalLM:
+def _lead(config: ServeConfig, heartbeat: Heartbeat) -> None:
+    """Rank 0: load, report ready, and serve until the supervisor says stop or is gone."""
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
+    model = _load(config, heartbeat, rank=0)
+    limits = settle_group_limits(config.engine, model)
+    engine = build_engine(config.engine, model, limits)
+    try:
+        _warm_up(engine, model)
+        for spec in config.engine.adapters.sources:
+            engine.load_adapter(spec)
+        link = EngineLink(config.link_address)
+        try:
+            link.send(_ready(config.engine, model, limits, engine.adapters))
+            heartbeat.send("ready", report=_capacity_report(config.engine, model, limits, engine.adapters))
+            _loop(engine, link, heartbeat, stopping)
+        finally:
+            link.close()
+    finally:
+        engine.close()
+
+
+def _follow(config: ServeConfig, heartbeat: Heartbeat, rank: int) -> None:
+    """The other ranks: load, report ready, and obey rank 0 until it ends."""
+    model = _load(config, heartbeat, rank)
+    limits = settle_group_limits(config.engine, model)
+    worker = build_worker(config.engine, model, limits)
+    warm_up(model.dtype, model.device, has_experts=model.config.experts is not None)
+    heartbeat.send("ready", report=[])
+    follow(worker, model.group, heartbeat)
+
+
+def _load(config: ServeConfig, heartbeat: Heartbeat, rank: int) -> CausalLM:
+    engine = config.engine
+    if engine.num_threads:
+        torch.set_num_threads(engine.num_threads)
+    group = ParallelGroup.join(rank, engine.num_ranks, config.rendezvous, rank_device(engine, rank))
     last_report = 0.0
 
     def progress(done: int, total: int) -> None:
         nonlocal last_report
         now = time.monotonic()
-        if now - last_report >= PROGRESS_INTERVAL_S or done == total:
+        if rank == 0 and (now - last_report >= PROGRESS_INTERVAL_S or done == total):
             last_report = now
-            _answer_pings(control)
-            control.send("progress", phase="loading weights", done=done, total=total)
+            heartbeat.send("progress", phase="loading weights", done=done, total=total)
 
-    return load_base_model(config, progress)
+    return load_base_model(engine, progress, group)
 
 
-def _warm_up(engine: Engine, model: CausalLM, control: ControlLine) -> None:
+def _warm_up(engine: Engine, model: CausalLM) -> None:
     """Compile and lay out what the first request would otherwise wait for; a first compilation may take long."""
-    with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as thread:
-        has_experts = model.config.experts is not None
-        compiling = thread.submit(warm_up, model.dtype, model.device, has_experts=has_experts)
-        while not compiling.done():
-            _answer_pings(control)
-            time.sleep(WARM_UP_WAIT_S)
-        compiling.result()
+    warm_up(model.dtype, model.device, has_experts=model.config.experts is not None)
     request = GenerateRequest(request_id="", prompt_token_ids=[0], sampling=SamplingParams(max_new_tokens=2))
     engine.add(request)
     while engine.has_work:
         engine.step()
 
 
-def _loop(engine: Engine, link: EngineLink, control: ControlLine, stopping: list[int]) -> None:
-    link.watch(control.fileno())
+def _loop(engine: Engine, link: EngineLink, heartbeat: Heartbeat, stopping: list[int]) -> None:
+    link.watch(heartbeat.fileno())
     while not stopping:
-        _answer_pings(control)
-        if control.is_closed:
+        if heartbeat.lost_supervisor:
             logger.warning("the supervisor is gone; the engine stops")
             return
         for message in link.receive():
             _take(engine, message)
-        output = engine.step()
+        with heartbeat.at_work():
+            output = engine.step()
         for status in engine.adapters.take_statuses():
             link.send(status)
         if output is not None:
@@ -224,12 +270,6 @@ def _take(engine: Engine, message: ToEngine) -> None:
             engine.keep_adapter(digest, is_kept)
         case UnloadAdapter(digest=digest):
             engine.unload_adapter(digest)
-
-
-def _answer_pings(control: ControlLine) -> None:
-    for event in control.receive():
-        if event["event"] == "ping":
-            control.send("pong", **{key: value for key, value in event.items() if key != "event"})
 
 
 def _ready(config: EngineConfig, model: CausalLM, limits: Limits, adapters: AdapterManager) -> EngineReady:
@@ -255,11 +295,13 @@ def _capacity_report(config: EngineConfig, model: CausalLM, limits: Limits, adap
     """What fits, in lines for a person."""
     mib = 1024 * 1024
     dtype = str(resolve_dtype(config.dtype, model.config.dtype)).removeprefix("torch.")
+    ranks = f"{config.num_ranks} ranks" if config.num_ranks > 1 else "1 rank"
+    each = " on rank 0" if config.num_ranks > 1 else ""
     lines = [
-        f"engine: {dtype} on {resolve_device(config.device)}, {torch.get_num_threads()} threads, 1 rank",
-        f"weights: {model.num_bytes / mib:.0f} MiB",
+        f"engine: {dtype} on {resolve_device(config.device)}, {torch.get_num_threads()} threads, {ranks}",
+        f"weights: {model.num_bytes / mib:.0f} MiB{each}",
         f"KV cache: {limits.num_kv_blocks} blocks of {config.block_size} tokens = "
-        f"{limits.num_kv_blocks * config.block_size} tokens, {limits.kv_bytes / mib:.0f} MiB; "
+        f"{limits.num_kv_blocks * config.block_size} tokens, {limits.kv_bytes / mib:.0f} MiB{each}; "
         f"requests up to {limits.max_input_tokens} + output = {limits.max_total_tokens} tokens",
     ]
     sources = config.adapters.sources

@@ -49,7 +49,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, kw_only=True):
     num_base_tokens: int = 0  # so many of the tokens, from the first on, are the base's: an adapter that still sleeps
 
 
-class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One step. Decodes come first, then chunks of prompts, each ordered by adapter slot."""
 
     step_id: int

@@ -41,7 +41,10 @@ class StepResult:
 
 
 class Worker:
-    """One rank's tensors. `read_adapter` turns an adapter's folder into this rank's weights."""
+    """One rank's tensors. `read_adapter` turns an adapter's folder into this rank's weights.
+
+    One rank of a group `samples`; on the others steps have no results.
+    """
 
     def __init__(
         self,
@@ -56,7 +59,9 @@ class Worker:
         read_adapter: Callable[[str], AdapterWeights],
         sampler: Sampler,
         device: torch.device,
+        samples: bool = True,
     ):
+        self._samples = samples
         self._model = model
         self._kv_cache = model.new_kv_cache(num_kv_blocks, block_size)
         self._slots = make_slots(model, num_slots, max_lora_rank)
@@ -70,17 +75,16 @@ class Worker:
         """Run one step: adapter operations, forward pass, choice of tokens."""
         for operation in plan.adapter_ops:
             self._apply(operation)
-        for row in plan.row_ends:
-            self._sampler.remove(row)
         for start in plan.row_starts:
             self._builder.start_row(start.row)
-            self._sampler.add(start.row, start.sampling, start.token_ids, start.num_output_tokens)
+        if self._samples:
+            self._note_rows(plan)
         if not plan.sequences:
             return StepResult({})
         began = time.perf_counter()
         logits = self._model.forward(self._builder.build(plan), self._kv_cache)
         computed = time.perf_counter()
-        rows = self._choose(plan, logits)
+        rows = self._choose(plan, logits) if self._samples else {}
         return StepResult(rows, computed - began, time.perf_counter() - computed)
 
     def _apply(self, operation: AdapterOp) -> None:
@@ -95,6 +99,12 @@ class Worker:
                 self._slots.install(operation.slot, self.host_cache.take_prepared(operation.digest))
             case "slot_clear":
                 self._slots.clear(operation.slot)
+
+    def _note_rows(self, plan: StepPlan) -> None:
+        for row in plan.row_ends:
+            self._sampler.remove(row)
+        for start in plan.row_starts:
+            self._sampler.add(start.row, start.sampling, start.token_ids, start.num_output_tokens)
 
     def _choose(self, plan: StepPlan, logits: torch.Tensor) -> dict[int, RowResult]:
         """Tokens for the rows that sample and log-probabilities for those with targets; logits: [S, vocab]."""

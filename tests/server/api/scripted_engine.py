@@ -147,6 +147,9 @@ class ScriptedEngine:
         """The API's end of the link: what the engine says."""
         return await self._outbox.get()
 
+    def engine_lost(self) -> None:
+        """The API's end of the link: nothing waits to be handed over here."""
+
     def say(self, message: FromEngine) -> None:
         self._outbox.put_nowait(message)
 

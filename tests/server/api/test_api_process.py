@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -19,7 +20,7 @@ from scripted_engine import READY, adapter_source
 from loraplex_server.config import AdapterConfig, ApiConfig, EngineConfig, ServeConfig
 from loraplex_server.control import ControlLine
 from loraplex_server.link import EngineLink
-from loraplex_server.messages import AbortRequest, GenerateRequest, StepOutput, TokenOutput
+from loraplex_server.messages import AbortRequest, GenerateRequest, LoadAdapter, StepOutput, TokenOutput
 
 CHILD = """
 import sys, msgspec
@@ -219,6 +220,58 @@ def test_the_engines_loss_ends_every_stream_with_an_error_and_the_process_with_1
     assert events[-1]["error_type"] == "generation"
     assert events[-1]["error"].startswith("Request failed during generation: Server error: ")
     assert child.end() == 1
+
+
+def statuses_until(child: Child, wanted: int) -> set[int]:
+    """What /health answers, up to the first answer of that status."""
+    seen: set[int] = set()
+    while wanted not in seen:
+        seen.add(httpx.get(f"{child.base_url}/health").status_code)
+    return seen - {wanted}
+
+
+def test_an_engine_that_restarts_ends_its_streams_and_the_next_one_serves(child: Child, tmp_path: Path) -> None:
+    child.become_ready()
+    stream = OpenStream(child)
+    child.answer(stream.request, end=False)
+    child.engine.close()
+    child.control.send("engine_restarts")
+    assert stream.events()[-1]["error_type"] == "generation"
+    assert "started again" in stream.events()[-1]["error"]
+    assert statuses_until(child, 503) <= {200}
+    late = httpx.post(f"{child.base_url}/generate", json={"inputs": "hi"})
+    assert (late.status_code, late.json()["error_type"]) == (503, "healthcheck")
+    assert int(late.headers["retry-after"]) > 0
+    child.engine = EngineLink(str(tmp_path))
+    child.engine.send(READY)
+    assert statuses_until(child, 200) <= {503}
+    assert child.taken(LoadAdapter) == LoadAdapter(spec=adapter_source("pirate"))
+    stream = OpenStream(child)
+    child.answer(stream.request)
+    assert stream.events()[-1]["details"] is None and stream.events()[-1]["generated_text"]
+    assert "loraplex_engine_restarts 1" in httpx.get(f"{child.base_url}/metrics").text
+    child.process.send_signal(signal.SIGTERM)
+    assert child.end() == 0
+
+
+def test_what_a_lost_engine_was_to_be_told_is_not_told_the_next_one(child: Child, tmp_path: Path) -> None:
+    child.become_ready()
+    child.engine.close()
+    with ThreadPoolExecutor(1) as thread:
+        # It is admitted and waits for an engine to be handed over to.
+        waiting = thread.submit(httpx.post, f"{child.base_url}/generate", json={"inputs": "old"})
+        metrics = ""
+        while "tgi_request_count 1" not in metrics:
+            metrics = httpx.get(f"{child.base_url}/metrics").text
+        child.control.send("engine_restarts")
+        assert waiting.result().status_code in (424, 503)
+    child.engine = EngineLink(str(tmp_path))
+    child.engine.send(READY)
+    statuses_until(child, 200)
+    stream = OpenStream(child)
+    assert len(stream.request.prompt_token_ids) == len("hi")
+    child.answer(stream.request)
+    assert stream.events()[-1]["generated_text"]
 
 
 def test_the_supervisors_end_ends_the_process(child: Child) -> None:

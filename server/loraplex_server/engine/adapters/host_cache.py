@@ -57,6 +57,10 @@ class HostCache:
         """Hand over what was reported as on the device."""
         return self._prepared.pop(digest)
 
+    def forget(self, digest: str, tier: Literal["host", "device"]) -> None:
+        """Undo a load into that tier, which another rank could not do."""
+        (self._weights if tier == "host" else self._prepared).pop(digest, None)
+
     def evict(self, digest: str) -> None:
         """Give the memory back."""
         self._weights.pop(digest, None)

@@ -1,0 +1,122 @@
+"""Several ranks as one executor: rank 0 sends every plan to the others, which obey it like their own."""
+
+import contextlib
+from dataclasses import replace
+from typing import Literal
+
+import msgspec
+
+from loraplex_models.parallel import ParallelGroup, RanksLost
+from loraplex_server.engine.adapters.host_cache import FinishedLoad
+from loraplex_server.engine.heartbeat import Heartbeat
+from loraplex_server.engine.step import StepPlan
+from loraplex_server.engine.worker import StepResult, Worker
+
+# What a rank says of a load that it is asked about.
+UNDER_WAY, LOADED, FAILED = range(3)
+LoadKey = tuple[str, Literal["host", "device"]]  # digest and tier
+
+
+class AskLoads(msgspec.Struct, frozen=True, tag=True):
+    """Say how far these loads of adapters are on your side; all ranks learn all answers."""
+
+    keys: list["LoadKey"]
+
+
+class EndRanks(msgspec.Struct, frozen=True, tag=True):
+    """Nothing more will come."""
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(StepPlan | AskLoads | EndRanks).decode
+
+
+class GroupExecutor:
+    """Rank 0's side: its own worker, and the group that the other ranks' workers are in. See `Executor`."""
+
+    def __init__(self, worker: Worker, group: ParallelGroup):
+        self._worker = worker
+        self._group = group
+        self._loads = _GroupLoads(worker, group)
+        self._result: StepResult | None = None
+
+    def launch(self, plan: StepPlan) -> None:
+        """Compute the step, together with the other ranks. Raises RanksLost."""
+        self._group.send(_encode(plan))
+        self._result = self._worker.execute(plan)
+
+    def collect(self) -> StepResult:
+        """The step's result."""
+        assert self._result is not None, "collect without launch"
+        result, self._result = self._result, None
+        return result
+
+    def finished_loads(self) -> list[FinishedLoad]:
+        """Loads of adapters that ended on every rank, or failed on one, since the last call. Raises RanksLost."""
+        keys = self._loads.look()
+        if not keys:
+            return []
+        self._group.send(_encode(AskLoads(keys)))
+        return self._loads.agree(keys)
+
+    def close(self) -> None:
+        """Stop the worker's threads and the other ranks."""
+        with contextlib.suppress(RanksLost):  # who has gone need not be told
+            self._group.send(_encode(EndRanks()))
+        self._worker.host_cache.close()
+
+
+def follow(worker: Worker, group: ParallelGroup, heartbeat: Heartbeat) -> None:
+    """The other ranks' side: obey rank 0 until it says that nothing more comes. Raises RanksLost."""
+    loads = _GroupLoads(worker, group)
+    try:
+        while True:
+            message = _decode(group.receive())
+            with heartbeat.at_work():
+                match message:
+                    case StepPlan():
+                        worker.execute(message)
+                    case AskLoads(keys=keys):
+                        loads.look()
+                        loads.agree(keys)
+                    case EndRanks():
+                        return
+    finally:
+        worker.host_cache.close()
+
+
+class _GroupLoads:
+    """One rank's loads that have ended here, and perhaps not yet everywhere."""
+
+    def __init__(self, worker: Worker, group: ParallelGroup):
+        self._cache = worker.host_cache
+        self._group = group
+        self._ended: dict[LoadKey, FinishedLoad] = {}
+
+    def look(self) -> list[LoadKey]:
+        """Take in what has ended here; returns all that the ranks have not agreed on."""
+        self._ended |= {(load.digest, load.tier): load for load in self._cache.finished()}
+        return list(self._ended)
+
+    def agree(self, keys: list[LoadKey]) -> list[FinishedLoad]:
+        """Tell the other ranks and hear them: loads that have ended on all of them. One that failed is undone here."""
+        answers = self._group.gather_numbers([number for key in keys for number in self._answer(key)])
+        agreed: list[FinishedLoad] = []
+        for place, key in enumerate(keys):
+            of_ranks = [(numbers[2 * place], numbers[2 * place + 1]) for numbers in answers]
+            if any(state == UNDER_WAY for state, _ in of_ranks):
+                continue
+            load = self._ended.pop(key)
+            failed = [rank for rank, (state, _) in enumerate(of_ranks) if state == FAILED]
+            if failed and load.error is None:
+                self._cache.forget(*key)
+                load = replace(load, error=f"rank {failed[0]} could not load it")
+            # What all its parts take together.
+            agreed.append(replace(load, num_bytes=0 if failed else sum(num_bytes for _, num_bytes in of_ranks)))
+        return agreed
+
+    def _answer(self, key: LoadKey) -> tuple[int, int]:
+        load = self._ended.get(key)
+        if load is None:
+            return UNDER_WAY, 0
+        return (FAILED, 0) if load.error else (LOADED, load.num_bytes)
