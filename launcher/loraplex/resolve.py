@@ -81,13 +81,15 @@ def _resolve_adapters(
     settings: Settings, config: ModelConfig, *, progress: bool
 ) -> list[tuple[AdapterSpec, list[str]]]:
     """Every adapter, with what a person should know about it. Raises LaunchError."""
-    from loraplex_models.sources import SourceError, parse_lora_adapters, resolve_adapter  # as above
+    from loraplex_models.sources import SourceError, parse_lora_adapters, read_adapter_list, resolve_adapter  # as above
 
     launch = settings.launch
     try:
+        if settings.serve.adapter_sources.adapter_list:
+            read_adapter_list(settings.serve.adapter_sources.adapter_list)  # so that a mistake in it ends the start
         items = parse_lora_adapters(",".join(launch.lora_adapters))
     except SourceError as error:
-        raise LaunchError(f"--lora-adapters: {error}") from None
+        raise LaunchError(f"adapters: {error}") from None
     adapters: list[tuple[AdapterSpec, list[str]]] = []
     refused: list[str] = []
     for item in items:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
@@ -137,6 +138,15 @@ def parse_lora_adapters(text: str) -> list[AdapterItem]:
             raise SourceFormatError(f"adapter '{item.adapter_id}' is given twice: give each a name of its own")
         names.add(item.adapter_id)
     return items
+
+
+def read_adapter_list(path: str) -> list[AdapterItem]:
+    """The items of a file, one a line; empty lines and those that begin with # are passed over. Raises SourceError."""
+    try:
+        lines = Path(os.path.expanduser(path)).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceNotFound(f"the list of adapters '{path}' cannot be read: {error}") from None
+    return parse_lora_adapters(",".join(line for line in lines if not line.lstrip().startswith("#")))
 
 
 def _is_adapter_hub_id(name: str) -> bool:

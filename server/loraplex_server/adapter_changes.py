@@ -93,7 +93,7 @@ class AdapterChanges:
                     raise self._registry.not_found(f"{name}@{version}")
                 if not 0 < share <= 1e6:
                     raise InvalidRequest(f"`split` must have shares above 0. Given for '{version[:100]}': {share:g}")
-            entry.split = dict(shares)
+            self._registry.split(entry, dict(shares))
             return entry
 
     def check_name(self, name: str, version: str | None = None) -> None:

@@ -7,7 +7,9 @@ go, so that a request which was admitted never loses its weights, whatever happe
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from loraplex_server.messages import AdapterSpec, LoadAdapter, UnloadAdapter
+from loraplex_server.messages import AdapterSpec, KeepAdapter, LoadAdapter, UnloadAdapter
+
+AdapterMessage = LoadAdapter | KeepAdapter | UnloadAdapter
 
 
 class AdapterContents:
@@ -17,13 +19,14 @@ class AdapterContents:
 
     def __init__(
         self,
-        tell: Callable[[LoadAdapter | UnloadAdapter], None],
+        tell: Callable[[AdapterMessage], None],
         on_unused: Callable[[AdapterSpec], None] = lambda spec: None,
     ):
         self._tell = tell
         self._on_unused = on_unused
         self._num_uses: dict[str, int] = {}
         self._specs: dict[str, AdapterSpec] = {}
+        self._kept: set[str] = set()
 
     def start_with(self, spec: AdapterSpec) -> None:
         """Count a use of what the engine has from its own configuration."""
@@ -46,8 +49,15 @@ class AdapterContents:
             return
         known = self._specs.pop(spec.digest)
         del self._num_uses[spec.digest]
+        self._kept.discard(spec.digest)
         self._tell(UnloadAdapter(digest=spec.digest))
         self._on_unused(known)
+
+    def keep(self, digests: set[str]) -> None:
+        """Have these contents ready for the model, and no others."""
+        for digest in self._kept ^ digests:
+            self._tell(KeepAdapter(digest=digest, is_kept=digest in digests))
+        self._kept = digests
 
     @contextmanager
     def holding(self, spec: AdapterSpec) -> Iterator[None]:
@@ -63,5 +73,12 @@ class AdapterContents:
         return self._num_uses.get(digest, 0)
 
     def specs(self) -> list[AdapterSpec]:
-        """Every content that the engine must know now: what a new engine is told first."""
+        """Every content that the engine must know now."""
         return [*self._specs.values()]
+
+    def messages_for_new_engine(self) -> list[AdapterMessage]:
+        """All that an engine which knows nothing has to be told first, in order."""
+        return [
+            *(LoadAdapter(spec=spec) for spec in self._specs.values()),
+            *(KeepAdapter(digest=digest, is_kept=True) for digest in self._kept),
+        ]

@@ -61,7 +61,6 @@ class AdapterEntry:
     name: str
     versions: dict[str, AdapterVersion]
     split: dict[str, float]
-    is_pinned: bool = False
     error: str | None = None  # why the last try to replace it failed
 
     def choose(self, key: str) -> AdapterVersion:
@@ -87,6 +86,7 @@ class AdapterRegistry:
         self._contents = contents
         self._entries: dict[str, AdapterEntry] = {}
         self._sorted_names: list[str] = []
+        self._pinned: dict[str, AdapterEntry] = {}
         for spec in config.sources:
             contents.start_with(spec)
             self._enter(_new_entry(spec.adapter_id, AdapterVersion(FIRST_VERSION, None, spec)))
@@ -142,13 +142,32 @@ class AdapterRegistry:
         entry.versions[new.version] = new
         if activate:
             entry.split = {new.version: 1.0}
+        self._refresh_kept()
         if old is not None and old.spec is not None:
             self._contents.release(old.spec)
+
+    def split(self, entry: AdapterEntry, shares: dict[str, float]) -> None:
+        """Send a name's requests to versions that it has, by shares."""
+        entry.split = shares
+        self._refresh_kept()
+
+    def pin(self, entry: AdapterEntry, is_pinned: bool) -> None:
+        """Have the versions that get requests ready for the model, whoever waits for others; or no longer."""
+        if is_pinned:
+            self._pinned[entry.name] = entry
+        else:
+            self._pinned.pop(entry.name, None)
+        self._refresh_kept()
+
+    def is_pinned(self, entry: AdapterEntry) -> bool:
+        """Whether a name is pinned."""
+        return entry.name in self._pinned
 
     def set_spec(self, version: AdapterVersion, spec: AdapterSpec) -> None:
         """A version's files were brought and checked."""
         self._contents.acquire(spec)
         old, version.spec, version.error = version.spec, spec, None
+        self._refresh_kept()
         if old is not None:
             self._contents.release(old)
 
@@ -160,8 +179,9 @@ class AdapterRegistry:
                     continue
                 version.error = error
                 if version.location is not None:
-                    self._contents.release(version.spec)
-                    version.spec = None
+                    lost, version.spec = version.spec, None
+                    self._refresh_kept()
+                    self._contents.release(lost)
 
     def remove_version(self, entry: AdapterEntry, version: str) -> None:
         """Forget a version that no split names."""
@@ -172,6 +192,8 @@ class AdapterRegistry:
     def remove(self, name: str) -> None:
         """Forget a name with all versions; what was admitted ends as it began."""
         entry = self._entries.pop(name)
+        self._pinned.pop(name, None)
+        self._refresh_kept()
         del self._sorted_names[bisect(self._sorted_names, name) - 1]
         for version in entry.versions.values():
             if version.spec is not None:
@@ -187,6 +209,10 @@ class AdapterRegistry:
         self._entries[entry.name] = entry
         insort(self._sorted_names, entry.name)
         return entry
+
+    def _refresh_kept(self) -> None:
+        specs = (entry.versions[name].spec for entry in self._pinned.values() for name in entry.split)
+        self._contents.keep({spec.digest for spec in specs if spec is not None})
 
     def _near_names(self, adapter_id: str) -> list[str]:
         # Of many names only those that begin alike are compared.

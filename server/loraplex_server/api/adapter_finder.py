@@ -10,18 +10,24 @@ from pathlib import Path
 import msgspec
 
 from loraplex_models.adapter_roots import folder_below
-from loraplex_models.sources import adapter_id_problem
+from loraplex_models.sources import adapter_id_problem, read_adapter_list
 from loraplex_server.adapter_changes import AdapterChanges
-from loraplex_server.adapter_contents import AdapterContents
+from loraplex_server.adapter_contents import AdapterContents, AdapterMessage
 from loraplex_server.adapter_fetcher import AdapterFetcher
 from loraplex_server.adapter_intake import MIB, UPLOAD, AdapterIntake
-from loraplex_server.adapter_location import AdapterLocation, Source, parse_location, parse_source, trusted
-from loraplex_server.adapter_registry import AdapterEntry, AdapterRegistry, AdapterVersion, UseCount
+from loraplex_server.adapter_location import AdapterLocation, Source, from_item, parse_location, parse_source, trusted
+from loraplex_server.adapter_registry import (
+    FIRST_VERSION,
+    AdapterEntry,
+    AdapterRegistry,
+    AdapterVersion,
+    UseCount,
+)
 from loraplex_server.adapter_store import AdapterStore
 from loraplex_server.api.job import AdapterAccess
 from loraplex_server.config import AdapterSourceConfig, ServeConfig
 from loraplex_server.errors import InvalidRequest, LoraplexError, Overloaded
-from loraplex_server.messages import AdapterSpec, AdapterStatus, LoadAdapter, UnloadAdapter
+from loraplex_server.messages import AdapterSpec, AdapterStatus
 
 # Adapters that were fetched for a request and are remembered; the longest unused one is forgotten for the next.
 MAX_DYNAMIC_ADAPTERS = 10_000
@@ -73,7 +79,7 @@ class AdapterFinder:
         self._max_waiting = max_waiting
         self._num_waiting = 0
         self._num_uploads = 0
-        self._tiers: dict[str, str] = {}
+        self._statuses: dict[str, AdapterStatus] = {}
         self._dynamic: OrderedDict[tuple[AdapterLocation, str | None], DynamicAdapter] = OrderedDict()
 
     def check_name(self, adapter_id: str, access: AdapterAccess) -> None:
@@ -153,25 +159,28 @@ class AdapterFinder:
             self._num_uploads -= 1
         return await self.changes.enter_upload(name, spec, version=version, activate=activate)
 
-    def pin(self, entry: AdapterEntry, is_pinned: bool) -> None:
-        """Keep an adapter's contents ready for the model, or no longer."""
-        entry.is_pinned = is_pinned
-
     def observe(self, status: AdapterStatus) -> None:
         """Take in what the engine says of a content: where it is now, or why it could not be loaded."""
         if status.tier == "gone" or not self.contents.num_uses(status.digest):
-            self._tiers.pop(status.digest, None)
+            self._statuses.pop(status.digest, None)
         else:
-            self._tiers[status.digest] = status.tier
+            self._statuses[status.digest] = status
         if status.error is not None:
             # Its files are not what was checked: the next request looks again.
             for key in [key for key, one in self._dynamic.items() if one.found.spec.digest == status.digest]:
                 self._drop(key)
             self.registry.lost(status.digest, status.error)
 
-    def tier_of(self, digest: str) -> str:
-        """Where a content is now: disk, host or device."""
-        return self._tiers.get(digest, "disk")
+    def status_of(self, spec: AdapterSpec) -> AdapterStatus:
+        """Where a content is now, and what it takes there."""
+        return self._statuses.get(spec.digest) or AdapterStatus(
+            adapter_id=spec.adapter_id, digest=spec.digest, tier="disk"
+        )
+
+    def meet_new_engine(self) -> list[AdapterMessage]:
+        """The engine was started again and knows nothing: what it has to be told first."""
+        self._statuses.clear()
+        return self.contents.messages_for_new_engine()
 
     def dynamic(self) -> list[DynamicAdapter]:
         """What was fetched for requests, the longest unused first."""
@@ -256,7 +265,7 @@ class AdapterFinder:
         self.contents.release(self._dynamic.pop(key).found.spec)
 
 
-def build_finder(config: ServeConfig, tell: Callable[[LoadAdapter | UnloadAdapter], None]) -> AdapterFinder:
+def build_finder(config: ServeConfig, tell: Callable[[AdapterMessage], None]) -> AdapterFinder:
     """The finder of one server, with all it stands on; for a running event loop."""
     sources = config.adapter_sources
     loop = asyncio.get_running_loop()
@@ -267,6 +276,8 @@ def build_finder(config: ServeConfig, tell: Callable[[LoadAdapter | UnloadAdapte
 
     contents = AdapterContents(tell, discard)
     registry = AdapterRegistry(config.engine.adapters, contents)
+    for item in read_adapter_list(sources.adapter_list) if sources.adapter_list else ():
+        registry.add(item.adapter_id, AdapterVersion(FIRST_VERSION, from_item(item)))
     store = AdapterStore(Path(sources.adapter_cache), sources.adapter_cache_mb * MIB)
 
     async def let_go(key: str) -> bool:

@@ -14,6 +14,7 @@ from loraplex_server.messages import (
     EngineStats,
     FromEngine,
     GenerateRequest,
+    KeepAdapter,
     LoadAdapter,
     StepOutput,
     ToEngine,
@@ -87,7 +88,7 @@ class EngineClient:
         """Wait until the engine can serve."""
         return await asyncio.shield(self._ready)
 
-    def tell(self, message: LoadAdapter | UnloadAdapter) -> None:
+    def tell(self, message: LoadAdapter | KeepAdapter | UnloadAdapter) -> None:
         """Tell the engine something that has no answer; it learns of it before any request that is submitted later."""
         self._outbox.put_nowait(message)
 

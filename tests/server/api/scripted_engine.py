@@ -23,6 +23,7 @@ from loraplex_server.messages import (
     EngineStats,
     FromEngine,
     GenerateRequest,
+    KeepAdapter,
     LoadAdapter,
     StepOutput,
     ToEngine,
@@ -123,6 +124,7 @@ class ScriptedEngine:
     requests: list[GenerateRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     adapters: dict[str, AdapterSpec] = field(default_factory=dict)  # announced while it ran, by digest
+    kept: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._outbox: asyncio.Queue[FromEngine] = asyncio.Queue()
@@ -140,8 +142,12 @@ class ScriptedEngine:
             case LoadAdapter(spec=spec):
                 assert spec.digest not in self.adapters, "an adapter is announced twice"
                 self.adapters[spec.digest] = spec
+            case KeepAdapter(digest=digest, is_kept=is_kept):
+                assert digest in self.adapters and is_kept != (digest in self.kept)
+                self.kept ^= {digest}
             case UnloadAdapter(digest=digest):
                 del self.adapters[digest]
+                self.kept.discard(digest)
 
     async def receive(self) -> FromEngine:
         """The API's end of the link: what the engine says."""

@@ -9,6 +9,8 @@ import pytest
 from adapter_world import AdapterWorld, refusal, world
 from scripted_engine import TestServer
 
+from loraplex_server.messages import AdapterStatus, LoadAdapter
+
 __all__ = ["world"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,7 +59,7 @@ def test_a_name_is_registered_by_its_source_and_listed(world: AdapterWorld) -> N
             {
                 "version": "1", "share": 1.0, "source": "hub", "id": "acme/legal", "revision": repository.commit,
                 "digest": digest, "rank": 4, "num_bytes": world.engine.adapters[digest].num_bytes, "tier": "disk",
-                "num_requests": 1, "error": None,
+                "host_bytes": 0, "device_bytes": 0, "num_requests": 1, "error": None,
             }
         ]  # fmt: skip
 
@@ -339,5 +341,78 @@ def test_two_changes_of_one_name_come_one_after_the_other(world: AdapterWorld) -
         assert len((await shown(server, "m"))["versions"]) == 1
         await server.settled()
         assert len(world.digests()) == 1
+
+    world.serve(test, allow_runtime_adapters=True)
+
+
+# Pins, and what the engine says
+
+
+def test_a_pinned_adapter_is_kept_ready_through_replacement_and_split(world: AdapterWorld) -> None:
+    async def test(server: TestServer) -> None:
+        kept = world.engine.kept
+        await upload(server, "m", world.files(4), pin="true")
+        assert kept == set(world.digests())
+        await upload(server, "m", world.files(8))
+        assert kept == set(world.digests()) and len(kept) == 1
+        await upload(server, "m", world.files(16), version="canary", activate="false")
+        assert len(kept) == 1
+        await server.http.put("/adapters/m", json={"split": {"2": 1, "canary": 1}})
+        await server.settled()
+        assert kept == set(world.digests()) and len(kept) == 2
+        await server.http.put("/adapters/m", json={"pinned": False})
+        await server.settled()
+        assert kept == set()
+        await server.http.put("/adapters/m", json={"pinned": True})
+        await server.http.delete("/adapters/m")
+        await server.settled()
+        assert kept == set() and world.digests() == []
+
+    world.serve(test, allow_runtime_adapters=True)
+
+
+def test_the_list_shows_where_the_engine_has_an_adapter(world: AdapterWorld) -> None:
+    async def test(server: TestServer) -> None:
+        await upload(server, "m", world.files())
+        [spec] = world.engine.adapters.values()
+        status = AdapterStatus(adapter_id="m", digest=spec.digest, tier="device", num_bytes=30, device_bytes=40)
+        world.engine.say(status)
+        await asyncio.sleep(0.01)
+        one = (await shown(server, "m"))["versions"][0]
+        assert (one["tier"], one["host_bytes"], one["device_bytes"]) == ("device", 30, 40)
+
+    world.serve(test, allow_runtime_adapters=True)
+
+
+def test_a_content_that_the_engine_could_not_load_is_brought_again_by_the_next_request(world: AdapterWorld) -> None:
+    folder = world.place("legal", rank=4)
+
+    async def test(server: TestServer) -> None:
+        await server.http.post("/adapters", json={"name": "l", "id": "legal"})
+        old = await say(server, "l")
+        for file, content in world.files(8).items():
+            (folder / file).write_bytes(content)
+        assert await say(server, "l") == old  # the engine has the old weights
+        [spec] = world.engine.adapters.values()
+        world.engine.say(AdapterStatus(adapter_id="l", digest=spec.digest, tier="disk", error="its files have changed"))
+        await asyncio.sleep(0.01)
+        assert (await shown(server, "l"))["versions"][0]["error"] == "its files have changed"
+        assert await say(server, "l") not in (old, "generation")
+        assert (await shown(server, "l"))["versions"][0]["error"] is None
+
+    world.serve(test, allow_runtime_adapters=True)
+
+
+def test_a_new_engine_is_told_all_that_is_needed(world: AdapterWorld) -> None:
+    async def test(server: TestServer) -> None:
+        await upload(server, "m", world.files(4), pin="true")
+        await upload(server, "n", world.files(8))
+        before = dict(world.engine.adapters), set(world.engine.kept)
+        world.engine.adapters.clear()
+        world.engine.kept.clear()
+        for message in server.state.adapters.meet_new_engine():
+            if not isinstance(message, LoadAdapter) or message.spec.source == "upload":
+                await world.engine.send(message)
+        assert (world.engine.adapters, world.engine.kept) == before
 
     world.serve(test, allow_runtime_adapters=True)

@@ -68,7 +68,7 @@ async def change(request: Request) -> Response:
     if body.active is not None:
         entry = await finder.changes.split(name, {body.active: 1.0})
     if body.pinned is not None:
-        finder.pin(entry, body.pinned)
+        finder.registry.pin(entry, body.pinned)
     return _json(_named(finder, entry))
 
 
@@ -99,7 +99,7 @@ async def _register(request: Request, body: RegisterBody) -> Response:
         brings=body.preload is not False,
     )
     if body.pin is not None:
-        finder.pin(entry, body.pin)
+        finder.registry.pin(entry, body.pin)
     return _json(_named(finder, entry))
 
 
@@ -117,7 +117,7 @@ async def _upload(request: Request) -> Response:
         activate=_switch(query, "activate", default=True),
     )
     if "pin" in query:
-        state.adapters.pin(entry, _switch(query, "pin", default=False))
+        state.adapters.registry.pin(entry, _switch(query, "pin", default=False))
     return _json(_named(state.adapters, entry))
 
 
@@ -142,7 +142,7 @@ def _named(finder: AdapterFinder, entry: AdapterEntry) -> AdapterInfo:
     total = sum(entry.split.values())
     return AdapterInfo(
         name=entry.name,
-        pinned=entry.is_pinned,
+        pinned=finder.registry.is_pinned(entry),
         dynamic=False,
         last_used=max(version.uses.last for version in entry.versions.values()) or None,
         error=entry.error,
@@ -167,6 +167,7 @@ def _fetched(finder: AdapterFinder, one: DynamicAdapter) -> AdapterInfo:
 
 def _version(finder: AdapterFinder, version: AdapterVersion, share: float) -> VersionInfo:
     spec, location = version.spec, version.location
+    status = finder.status_of(spec) if spec is not None else None
     return VersionInfo(
         version=version.version,
         share=share,
@@ -176,7 +177,9 @@ def _version(finder: AdapterFinder, version: AdapterVersion, share: float) -> Ve
         digest=spec.digest if spec is not None else None,
         rank=spec.rank if spec is not None else None,
         num_bytes=spec.num_bytes if spec is not None else None,
-        tier=finder.tier_of(spec.digest) if spec is not None else None,
+        tier=status.tier if status is not None else None,
+        host_bytes=status.num_bytes if status is not None else 0,
+        device_bytes=status.device_bytes if status is not None else 0,
         num_requests=version.uses.num_requests,
         error=version.error,
     )

@@ -69,7 +69,7 @@ async def _load(request: Request) -> str:
             f"The lora adapter '{body.lora_name}' has already been loaded. To replace it, set `load_inplace` to true."
         ) from None
     if body.pinned is not None:
-        adapters.pin(entry, body.pinned)
+        adapters.registry.pin(entry, body.pinned)
     return body.lora_name
 
 

@@ -65,8 +65,10 @@ class VersionInfo(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None
     digest: str | None
     rank: int | None
-    num_bytes: int | None
+    num_bytes: int | None  # of the tensors in the file
     tier: str | None
+    host_bytes: int  # what it takes in host memory now
+    device_bytes: int  # what it takes on the device now
     num_requests: int
     error: str | None
 
