@@ -4,13 +4,14 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -18,6 +19,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from loraplex_server.errors import TemplateFailed
+from loraplex_server.text.tool_prompt import (
+    Message,
+    with_calls_as_objects,
+    with_calls_written_out,
+    with_tool_prompt,
+    with_tools_written_out,
+)
+from loraplex_server.text.tools import Tool
 
 # A template of a well-known model takes milliseconds for a thousand messages.
 RENDER_TIMEOUT_S = 5.0
@@ -26,9 +35,6 @@ MAX_REPEATED = 1_000_000
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
-
-Message = dict[str, Any]
-
 
 class ChatTemplateError(Exception):
     """The template's file cannot be read or compiled; the message says which and why."""
@@ -42,6 +48,8 @@ class Conversation:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     variables: Mapping[str, Any]
+    tools: Sequence[Tool] = ()
+    tool_prompt: str | None = None  # a client's own words about the tools
 
 
 class _Generation(Extension):
@@ -147,8 +155,10 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]):
         self._environment = _Environment()
         self._special_tokens = dict(special_tokens)
+        self.source = source
         try:
             self._template = self._environment.from_string(source)
+            self._reads_tools = "tools" in jinja2.meta.find_undeclared_variables(self._environment.parse(source))
         except (jinja2.TemplateError, RecursionError) as error:
             raise ChatTemplateError(f"the chat template does not compile: {error}") from None
 
@@ -177,12 +187,13 @@ class ChatTemplate:
 
     def render(self, conversation: Conversation) -> str:
         """The prompt. Raises TemplateFailed with the template's own words."""
-        messages = conversation.messages
+        messages = self._prepared(conversation)
         if conversation.continue_final_message:
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _CONTINUE_MARK}]
+        tools = [tool.as_function() for tool in conversation.tools] if self._reads_tools else []
         variables = {
             **self._special_tokens,
-            "tools": None,
+            "tools": tools or None,
             "documents": None,
             **conversation.variables,
             "messages": messages,
@@ -196,6 +207,18 @@ class ChatTemplate:
     async def render_async(self, conversation: Conversation) -> str:
         """`render` in a thread."""
         return await asyncio.to_thread(self.render, conversation)
+
+    def _prepared(self, conversation: Conversation) -> list[Message]:
+        """The messages with tools and calls in the form that this template can show."""
+        messages = conversation.messages
+        if any(message.get("tool_calls") for message in messages):
+            shows_calls = "tool_calls" in self.source
+            messages = with_calls_as_objects(messages) if shows_calls else with_calls_written_out(messages)
+        if conversation.tools and not self._reads_tools:
+            return with_tools_written_out(messages, conversation.tools, conversation.tool_prompt)
+        if conversation.tools and conversation.tool_prompt:
+            return with_tool_prompt(messages, conversation.tool_prompt)
+        return messages
 
     def _rendered(self, variables: Mapping[str, Any]) -> str:
         self._environment.start_clock()

@@ -30,6 +30,8 @@ def grammar_of(guide: Guide) -> str:
             return str(llguidance.LLMatcher.grammar_from_regex(guide.text))
         case "grammar":
             return str(llguidance.LLMatcher.grammar_from_lark(_as_lark(guide.text)))
+        case "lark":
+            return str(llguidance.LLMatcher.grammar_from_lark(guide.text))
 
 
 def _of_schema(guide: Guide) -> str:

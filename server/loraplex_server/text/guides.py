@@ -17,12 +17,13 @@ JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 class Guide(msgspec.Struct, frozen=True):
     """One demand on the text: a JSON schema, a regular expression, or a grammar.
 
-    `text` is the schema as JSON, the regular expression, or the grammar in Lark's or GBNF's notation. For schemas,
+    `text` is the schema as JSON, the regular expression, or the grammar: Lark's or GBNF's notation, whichever it is, or
+    surely Lark's. For schemas,
     `whitespace` is a regular expression for each place where JSON allows white space; null for none but a blank
     behind each comma and colon.
     """
 
-    kind: Literal["json_schema", "regex", "grammar"]
+    kind: Literal["json_schema", "regex", "grammar", "lark"]
     text: str
     whitespace: str | None = JSON_WHITESPACE
 
@@ -40,7 +41,7 @@ def schema_guide(field: str, schema: Any, whitespace: str | None = JSON_WHITESPA
         text = msgspec.json.encode(schema).decode()
     except (UnicodeEncodeError, RecursionError) as error:
         raise InvalidRequest(f"`{field}` cannot be written as JSON: {error}") from None
-    return _checked(field, Guide("json_schema", text, whitespace))
+    return checked_guide(field, Guide("json_schema", text, whitespace))
 
 
 def object_guide() -> Guide:
@@ -50,12 +51,12 @@ def object_guide() -> Guide:
 
 def regex_guide(field: str, pattern: Any) -> Guide:
     """A guide for a text that a regular expression matches as a whole. Raises InvalidRequest."""
-    return _checked(field, Guide("regex", _text(field, pattern)))
+    return checked_guide(field, Guide("regex", _text(field, pattern)))
 
 
 def grammar_guide(field: str, grammar: Any) -> Guide:
     """A guide for a text that a context-free grammar describes, in Lark's or GBNF's notation. Raises InvalidRequest."""
-    return _checked(field, Guide("grammar", _text(field, grammar)))
+    return checked_guide(field, Guide("grammar", _text(field, grammar)))
 
 
 def choice_guide(field: str, choices: Any) -> Guide:
@@ -64,12 +65,12 @@ def choice_guide(field: str, choices: Any) -> Guide:
         raise InvalidRequest(f"`{field}` must be a list of at least one text")
     if not all(isinstance(choice, str) and choice for choice in choices):
         raise InvalidRequest(f"`{field}` must hold texts that are not empty")
-    return _checked(field, Guide("grammar", f"start: {' | '.join(map(lark_text, choices))}"))
+    return checked_guide(field, Guide("lark", f"start: {' | '.join(map(lark_text, choices))}"))
 
 
 def lark_text(text: str) -> str:
     """A text as a literal of a Lark grammar."""
-    return json.dumps(text)
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _text(field: str, value: Any) -> str:
@@ -78,7 +79,8 @@ def _text(field: str, value: Any) -> str:
     return value
 
 
-def _checked(field: str, guide: Guide) -> Guide:
+def checked_guide(field: str, guide: Guide) -> Guide:
+    """The guide, if it is of a size that is compiled and can be sent. Raises InvalidRequest."""
     if len(guide.text) > MAX_GUIDE_CHARACTERS:
         raise InvalidRequest(f"`{field}` must have at most {MAX_GUIDE_CHARACTERS} characters. Given: {len(guide.text)}")
     try:
