@@ -54,6 +54,7 @@ IGNORED = (
     IgnoredFlag("--disable-usage-stats", "usage is never reported to anybody", takes_value=False),
     IgnoredFlag("--disable-crash-reports", "crashes are never reported to anybody", takes_value=False),
     IgnoredFlag("--max-image-fetch-size", "images are not served"),
+    IgnoredFlag("--enable-auto-tool-choice", "tools are always served", takes_value=False),
     IgnoredFlag("--enable-lora", "LoRA adapters are always served", takes_value=False),
     IgnoredFlag("--max-cpu-loras", "host memory for adapters is bounded in bytes (--adapter-host-memory)"),
 )

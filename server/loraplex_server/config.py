@@ -22,6 +22,7 @@ def setting(
 FAIRNESS_KEY_PATTERN = r"adapter|api-key|none|header:[A-Za-z0-9_-]+"
 DTYPES = ("float16", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
+TOOL_CALL_PARSERS = ("auto", "hermes", "json", "llama3_json", "mistral")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +131,9 @@ class ApiConfig:
     )
     tokenizer_config_path: str | None = setting(None, "tokenizer_config.json to use instead of the model's")
     disable_grammar_support: bool = setting(False, "refuse grammars")
+    tool_call_parser: str = setting(
+        "auto", "how the model writes calls of tools; auto asks its chat template", choices=TOOL_CALL_PARSERS
+    )
     graceful_termination_timeout: int = setting(90, "seconds to let running requests finish on SIGTERM", minimum=0)
     json_output: bool = setting(False, "log as one JSON object a line")
     log_level: str = setting("info", "least important lines that are logged: error, warn, info or debug")

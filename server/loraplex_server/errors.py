@@ -4,7 +4,8 @@
     ├── InvalidRequest              422 validation: a field is out of bounds
     │   ├── MalformedRequest        422 validation: a field is missing or of the wrong type
     │   ├── InvalidBody             400 invalid_json: the body does not parse
-    │   └── TemplateFailed          422 template_error: the model's chat template refuses, or there is none
+    │   ├── TemplateFailed          422 template_error: the model's chat template refuses, or there is none
+    │   └── ToolFailed              422 tool_error: `tools`, `tool_choice` or a tool's message is wrong
     ├── BodyTooLarge                413 payload_too_large
     ├── BodyTimeout                 408 timeout: the body came too slowly
     ├── UnsupportedMediaType        415 unsupported_media_type
@@ -51,6 +52,12 @@ class TemplateFailed(InvalidRequest):
     """The model's chat template cannot render the messages; or the model has none."""
 
     error_type = "template_error"
+
+
+class ToolFailed(InvalidRequest):
+    """The tools of a request, its choice among them, or a tool's answer are not what they must be."""
+
+    error_type = "tool_error"
 
 
 class BodyTooLarge(LoraplexError):

@@ -115,7 +115,7 @@ class Admission:
         self._check_fields(job)
         token_ids = await self._tokenise(job)
         max_new_tokens = self._grant(job, len(token_ids))
-        grammar = None if job.guide is None else await self._grammar(job.guide)
+        grammar = None if job.guide is None else await self.grammar(job.guide)
         sampling = self._sampling(job, max_new_tokens, grammar)
         if job.min_new_tokens or job.allowed_token_ids or job.bad_words:
             sampling = await self._with_bans(job, sampling)
@@ -141,7 +141,8 @@ class Admission:
             bad_words=words,
         )
 
-    async def _grammar(self, guide: Guide) -> str:
+    async def grammar(self, guide: Guide) -> str:
+        """The grammar of a guide. Raises InvalidRequest for one that does not compile, or if none are served."""
         if self._check_guide is None:
             raise InvalidRequest("grammar is not supported")
         return await self._check_guide(guide)

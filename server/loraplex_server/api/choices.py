@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Container, Sequence
 from contextlib import aclosing
 from typing import Literal
 
@@ -96,11 +96,17 @@ async def _go_on(
 
 
 class ChoiceText:
-    """What one choice shows: no stop string that ended it, and no special tokens unless they are asked for."""
+    """What one choice shows: no stop string that ended it, and no special tokens unless they are asked for.
 
-    def __init__(self, stop: Sequence[str], *, keeps_stop: bool, shows_special: bool):
+    Those that are spelt as one of `markers` are shown all the same.
+    """
+
+    def __init__(
+        self, stop: Sequence[str], *, keeps_stop: bool, shows_special: bool, markers: Container[str] = frozenset()
+    ):
         self._filter = StopTextFilter(() if keeps_stop else stop)
         self._shows_special = shows_special
+        self._markers = markers
 
     def feed(self, delta: TextDelta) -> tuple[list[str], ChoiceReason | None]:
         """A text for each token of the delta, and why the choice ended if it did."""
@@ -109,7 +115,7 @@ class ChoiceText:
         last = len(delta.tokens) - 1
         for i, token in enumerate(delta.tokens):
             is_end = i == last and end is not None and end.finish_reason == "eos_token"
-            is_hidden = token.special and (is_end or not self._shows_special)
+            is_hidden = token.special and (is_end or not (self._shows_special or token.text in self._markers))
             pieces.append(self._filter.feed("" if is_hidden else token.text))
         if end is None:
             return pieces, None

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loraplex_server.errors import GenerationFailed, InvalidRequest, LoraplexError, TemplateFailed
+from loraplex_server.errors import GenerationFailed, InvalidRequest, LoraplexError, TemplateFailed, ToolFailed
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ STATUS_OF_TYPE = {
     "unsupported_media_type": 415,
     "validation": 422,
     "template_error": 422,
+    "tool_error": 422,
     "adapter_invalid": 422,
     "adapter_incompatible": 422,
     "adapter_unsupported": 422,
@@ -43,6 +44,7 @@ TYPE_OF_STATUS = {404: "not_found", 405: "method_not_allowed"}
 PREFIXES: dict[type[LoraplexError], str] = {
     InvalidRequest: "Input validation error: ",
     TemplateFailed: "Template error: ",
+    ToolFailed: "Tool error: ",
     GenerationFailed: "Request failed during generation: ",
 }
 RETRY_AFTER_S = {"overloaded": 1, "adapter_unavailable": 5, "healthcheck": 1}

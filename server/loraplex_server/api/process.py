@@ -203,7 +203,7 @@ class _ApiProcess:
             check_guide=self._guides.check if self._guides is not None else None,
         )
         generator = Generator(admission, self._client, tokenizer, self._metrics)
-        self._state.start_serving(Serving(generator, limits, chat_template))
+        self._state.start_serving(Serving(generator, limits, chat_template, api.tool_call_parser))
 
     def _engine_restarts(self) -> None:
         """The engine is gone: its requests end with an error, and others wait for the next one."""

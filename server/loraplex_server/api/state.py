@@ -10,6 +10,7 @@ from loraplex_server.errors import NotReady
 from loraplex_server.messages import EngineReady
 from loraplex_server.metrics import Metrics
 from loraplex_server.text.chat_template import ChatTemplate
+from loraplex_server.text.tool_formats import find_format
 
 # A request that comes before the engine is ready is held back so long, for clients that retry a 503 at once.
 HOLD_BACK_S = 1.0
@@ -18,12 +19,19 @@ HOLD_BACK_S = 1.0
 class Serving:
     """All that a ready server has."""
 
-    __slots__ = ("chat_template", "generator", "limits")
+    __slots__ = ("chat_template", "generator", "limits", "tool_format")
 
-    def __init__(self, generator: Generator, limits: EngineReady, chat_template: ChatTemplate | None = None):
+    def __init__(
+        self,
+        generator: Generator,
+        limits: EngineReady,
+        chat_template: ChatTemplate | None = None,
+        tool_call_parser: str = "auto",
+    ):
         self.generator = generator
         self.limits = limits
         self.chat_template = chat_template  # None: the model has none that can be used
+        self.tool_format = find_format(tool_call_parser, chat_template.source if chat_template else "")
 
 
 class ApiState:

@@ -115,7 +115,7 @@ class CallReader:
 
     def _end_value(self) -> None:
         if self._expected == "key text":
-            self._key = _loaded(self._value)
+            self._key = str(_loaded(self._value))
             self._expected = "colon"
             return
         if self._is_argument:

@@ -36,6 +36,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
+
 class ChatTemplateError(Exception):
     """The template's file cannot be read or compiled; the message says which and why."""
 

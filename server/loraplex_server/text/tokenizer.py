@@ -170,6 +170,11 @@ class Tokenizer:
         """Whether a token is one that text output leaves out."""
         return token_id in self._special_ids
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is spelt so, if there is one."""
+        token_id = self._tokenizer.token_to_id(text)
+        return token_id if token_id in self._special_ids else None
+
     def new_detokenizer(self, prompt_token_ids: Sequence[int]) -> Detokenizer:
         """A decoder for what is generated after a prompt."""
         if self._is_byte_level:

@@ -16,7 +16,9 @@ TOOL_PROMPT = (
 Message = dict[str, Any]
 
 
-def with_tools_written_out(messages: Sequence[Message], tools: Sequence[Tool], tool_prompt: str | None) -> list[Message]:
+def with_tools_written_out(
+    messages: Sequence[Message], tools: Sequence[Tool], tool_prompt: str | None
+) -> list[Message]:
     """The messages with the tools and what to do with them at the end of the last message of a user."""
     listed = json.dumps([tool.as_function() for tool in tools], ensure_ascii=False)
     return _with_appended(messages, f"{listed}\n{tool_prompt or TOOL_PROMPT}")

@@ -94,6 +94,9 @@ class ByteTokenizer:
         shown = [one for one in token_ids if not (skip_special_tokens and self.is_special(one))]
         return b"".join(map(self.token_bytes, shown)).decode(errors="replace")
 
+    def special_id(self, text: str) -> int | None:
+        return {spelling: token_id for token_id, spelling in SPELLINGS.items() if self.is_special(token_id)}.get(text)
+
     def is_special(self, token_id: int) -> bool:
         return token_id in (BOS, EOS)
 
@@ -293,7 +296,7 @@ async def api_server(
         )
         generator = Generator(admission, client, tokenizer, metrics)
         template = ChatTemplate(chat_template, {"eos_token": ";"}) if chat_template else None
-        state.start_serving(Serving(generator, limits, template))
+        state.start_serving(Serving(generator, limits, template, config.api.tool_call_parser))
     app = build_app(state)
     async with (
         _transport(app, live) as (transport, base_url),

@@ -336,7 +336,7 @@ def test_the_tokenizers_start_token_is_added_when_asked() -> None:
         ({"stop": ""}, "empty string"),
         ({"top_logprobs": 3}, "needs `logprobs`"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "`tools[0]` must be"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"min_tokens": 100}, "min_tokens"),
         ({"use_beam_search": True}, "use_beam_search"),

@@ -1,5 +1,8 @@
 """POST /v1/chat/completions."""
 
+import dataclasses
+from collections.abc import Container
+
 import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
@@ -10,7 +13,7 @@ from loraplex_server.api.body import read_body
 from loraplex_server.api.choices import ChoiceReason, ChoiceText, complete_all, repeated
 from loraplex_server.api.disconnect import while_connected
 from loraplex_server.api.http_errors import ErrorBody
-from loraplex_server.api.job import FinishedJob, TextDelta
+from loraplex_server.api.job import FinishedJob, GenerationJob, TextDelta
 from loraplex_server.api.model_names import adapter_of
 from loraplex_server.api.openai_stream import (
     DONE,
@@ -41,6 +44,7 @@ from loraplex_server.api.schemas.openai_answers import (
 )
 from loraplex_server.api.sse import event
 from loraplex_server.api.state import ApiState, Serving
+from loraplex_server.api.tools import MessageReader, call_guide, whole_calls
 from loraplex_server.errors import TemplateFailed
 
 
@@ -56,15 +60,13 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
     serving = await state.serving()
     body.check(state.config.api.max_concurrent_requests)
     adapter_id = adapter_of(state, body.model, body.adapter_name, body.adapter_access)
-    job = with_headers(request, body.job(await chat_prompt(serving, body), adapter_id))
+    job = with_headers(request, await chat_job(serving, body, adapter_id))
     jobs = repeated(job, body.num_choices)
     note_for_log(request, adapter_id)
     envelope = new_envelope(state, "chatcmpl", adapter_id)
     generator = serving.generator
     if body.stream:
-        return await stream_response(
-            request, generator, jobs, _ChatChunks(body, envelope, _spelling(body, generator.tokenizer))
-        )
+        return await stream_response(request, generator, jobs, _ChatChunks(body, envelope, serving))
     finished = await while_connected(request, complete_all(generator, jobs, request.state.request_id))
     counts = summed_usage(finished, body.num_choices)
     note_for_log(request, adapter_id, counts.completion_tokens)
@@ -73,7 +75,7 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
         created=envelope.created,
         model=envelope.model,
         system_fingerprint=envelope.system_fingerprint,
-        choices=[_choice(body, index, job, _spelling(body, generator.tokenizer)) for index, job in enumerate(finished)],
+        choices=[_choice(body, index, job, serving) for index, job in enumerate(finished)],
         usage=counts,
         prompt_token_ids=finished[0].best.completion.prompt_token_ids if body.return_token_ids else UNSET,
         prompt_logprobs=_prompt_logprobs(body, finished[0]),
@@ -81,6 +83,13 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
     return Response(
         msgspec.json.encode(answer), headers=answer_headers(state, adapter_id), media_type="application/json"
     )
+
+
+async def chat_job(serving: Serving, body: ChatBody, adapter_id: str | None) -> GenerationJob:
+    """What a body asks for, with its prompt and the grammar that its tools need."""
+    job = body.job(await chat_prompt(serving, body), adapter_id)
+    use = body.tool_use()
+    return job if use is None else dataclasses.replace(job, guide=await call_guide(serving, use))
 
 
 async def chat_prompt(serving: Serving, body: ChatBody) -> str:
@@ -93,34 +102,48 @@ async def chat_prompt(serving: Serving, body: ChatBody) -> str:
     return await serving.chat_template.render_async(body.conversation())
 
 
-def _choice_text(body: ChatBody) -> ChoiceText:
+def _choice_text(body: ChatBody, markers: Container[str] = frozenset()) -> ChoiceText:
     return ChoiceText(
         body.stop_texts,
         keeps_stop=bool(body.include_stop_str_in_output),
         shows_special=body.skip_special_tokens is False,
+        markers=markers,
     )
+
+
+def _message_reader(body: ChatBody, serving: Serving) -> MessageReader:
+    use = body.tool_use()
+    markers = serving.tool_format.markers if use is not None else frozenset[str]()
+    return MessageReader(_choice_text(body, markers), use, serving.tool_format)
 
 
 def chat_text(body: ChatBody, job: FinishedJob) -> tuple[str, ChoiceReason]:
-    """What a finished job said, and why it ended."""
-    whole = job.best
-    pieces, reason = _choice_text(body).feed(
-        TextDelta(tokens=whole.tokens, top_tokens=whole.top_tokens, completion=whole.completion)
-    )
+    """All that a finished job said, calls of tools as their text, and why it ended."""
+    pieces, reason = _choice_text(body).feed(_all_of(job))
     assert reason is not None, "a finished job has a reason"
     return "".join(pieces), reason
 
 
-def _spelling(body: ChatBody, tokenizer: Spelling) -> Spelling:
-    return IdSpelling() if body.return_tokens_as_token_ids else tokenizer
+def _spelling(body: ChatBody, serving: Serving) -> Spelling:
+    return IdSpelling() if body.return_tokens_as_token_ids else serving.generator.tokenizer
 
 
-def _choice(body: ChatBody, index: int, job: FinishedJob, spelling: Spelling) -> ChatChoice:
-    text, reason = chat_text(body, job)
+def _all_of(job: FinishedJob) -> TextDelta:
+    whole = job.best
+    return TextDelta(tokens=whole.tokens, top_tokens=whole.top_tokens, completion=whole.completion)
+
+
+def _choice(body: ChatBody, index: int, job: FinishedJob, serving: Serving) -> ChatChoice:
+    pieces, reason = _message_reader(body, serving).feed(_all_of(job))
+    assert reason is not None, "a finished job has a reason"
+    text = "".join(piece.text for piece in pieces)
+    calls = whole_calls(pieces)
+    message = AssistantMessage(text or None, tool_calls=calls) if calls else AssistantMessage(text)
+    spelling = _spelling(body, serving)
     logprobs = chat_logprobs(job.best.tokens, job.best.top_tokens, spelling) if body.logprobs else None
     token_ids = [token.id for token in job.best.tokens] if body.return_token_ids else UNSET
     stop_reason = shown_if_set(job.best.completion.stop_reason)
-    return ChatChoice(index, AssistantMessage(text), logprobs, reason, stop_reason, token_ids)
+    return ChatChoice(index, message, logprobs, reason, stop_reason, token_ids)
 
 
 def _prompt_logprobs(body: ChatBody, job: FinishedJob) -> PromptLogprobs | UnsetType:
@@ -132,11 +155,12 @@ def _prompt_logprobs(body: ChatBody, job: FinishedJob) -> PromptLogprobs | Unset
 class _ChatChunks:
     """The events of a chat's stream: a chunk with the role, one a token that shows something, one with the reason."""
 
-    def __init__(self, body: ChatBody, envelope: Envelope, spelling: Spelling):
+    def __init__(self, body: ChatBody, envelope: Envelope, serving: Serving):
         self._body = body
         self._envelope = envelope
-        self._spelling = spelling
-        self._texts: dict[int, ChoiceText] = {}
+        self._serving = serving
+        self._spelling = _spelling(body, serving)
+        self._readers: dict[int, MessageReader] = {}
         self._counts = RunningUsage(body.num_choices)
 
     def delta(self, index: int, delta: TextDelta) -> bytes:
@@ -144,23 +168,26 @@ class _ChatChunks:
         events: list[bytes] = []
         wants_ids = bool(self._body.return_token_ids)
         self._counts.add(index, delta)
-        text = self._texts.get(index)
-        if text is None:
-            text = self._texts[index] = _choice_text(self._body)
+        reader = self._readers.get(index)
+        if reader is None:
+            reader = self._readers[index] = _message_reader(self._body, self._serving)
             first = ChatChunkChoice(index, ChatDelta(role="assistant", content=""))
             events.append(self._event(first, delta.prompt_token_ids if wants_ids else None))
-        pieces, reason = text.feed(delta)
+        pieces, reason = reader.feed(delta)
         wants_logprobs = bool(self._body.logprobs)
         for i, piece in enumerate(pieces):
-            if piece or wants_logprobs or wants_ids:
-                logprobs = (
-                    chat_logprobs([delta.tokens[i]], delta.top_tokens[i : i + 1], self._spelling)
-                    if wants_logprobs
-                    else None
-                )
-                token_ids = [delta.tokens[i].id] if wants_ids else UNSET
-                choice = ChatChunkChoice(index, ChatDelta(content=piece), logprobs, token_ids=token_ids)
-                events.append(self._event(choice))
+            if not (piece.text or piece.calls or wants_logprobs or wants_ids):
+                continue
+            logprobs = (
+                chat_logprobs([delta.tokens[i]], delta.top_tokens[i : i + 1], self._spelling)
+                if wants_logprobs
+                else None
+            )
+            gained = ChatDelta(
+                content=piece.text if piece.text or not piece.calls else UNSET, tool_calls=piece.calls or UNSET
+            )
+            token_ids = [delta.tokens[i].id] if wants_ids else UNSET
+            events.append(self._event(ChatChunkChoice(index, gained, logprobs, token_ids=token_ids)))
         if delta.completion is not None:
             stop_reason = delta.completion.stop_reason
             last = ChatChunkChoice(index, ChatDelta(), finish_reason=reason, stop_reason=shown_if_set(stop_reason))

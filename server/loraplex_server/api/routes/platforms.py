@@ -14,7 +14,7 @@ from loraplex_server.api.disconnect import while_connected
 from loraplex_server.api.job import FinishedJob, GenerationJob
 from loraplex_server.api.model_names import adapter_of
 from loraplex_server.api.openai_stream import answer_headers, note_for_log
-from loraplex_server.api.routes.openai_chat import answer_chat, chat_prompt, chat_text
+from loraplex_server.api.routes.openai_chat import answer_chat, chat_job, chat_text
 from loraplex_server.api.routes.openai_completions import answer_completion
 from loraplex_server.api.routes.tgi import answer_compat
 from loraplex_server.api.schemas.openai import ChatBody, CompletionBody
@@ -104,7 +104,7 @@ async def _job(state: ApiState, serving: Serving, instance: GenerateBody | ChatB
         raise InvalidRequest("`instances` can neither be streamed nor have several answers")
     instance.check(1)
     adapter_id = adapter_of(state, instance.model, instance.adapter_name, instance.adapter_access)
-    return instance.job(await chat_prompt(serving, instance), adapter_id)
+    return await chat_job(serving, instance, adapter_id)
 
 
 def _text(instance: GenerateBody | ChatBody, job: FinishedJob) -> str:

@@ -9,9 +9,12 @@ from loraplex_server.api.job import AdapterAccess, GenerationJob
 from loraplex_server.api.schemas.structure import format_guide, older_vllm_guides, only_one, structured_guide
 from loraplex_server.api.schemas.tgi import Float32, Int32, UInt32
 from loraplex_server.api.schemas.vllm_fields import VllmFields
-from loraplex_server.errors import InvalidRequest
-from loraplex_server.text.chat_template import Conversation, Message
+from loraplex_server.errors import InvalidRequest, ToolFailed
+from loraplex_server.text.chat_template import Conversation
 from loraplex_server.text.guides import Guide
+from loraplex_server.text.tool_fields import check_tool_messages, read_tool_use
+from loraplex_server.text.tool_prompt import Message
+from loraplex_server.text.tools import ToolUse
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1_024
@@ -234,8 +237,10 @@ class ChatBody(_GenerationBody):
     max_completion_tokens: UInt32 | None = Field(None, description="the newer name of max_tokens")
     logprobs: bool | None = Field(None, description="report the tokens' log-probabilities")
     top_logprobs: UInt32 | None = Field(None, description="0 to 20; and those of so many others at each place")
-    tools: list[Any] | None = Field(None, description="not supported yet")
-    tool_choice: Any = Field(None, description="only none or auto without tools")
+    tools: list[Any] | None = Field(None, description="functions that the model may ask the client to call")
+    tool_choice: Any = Field(None, description="auto, none, required, or a function that must be called")
+    parallel_tool_calls: bool | None = Field(None, description="false for one call an answer")
+    tool_prompt: str | None = Field(None, description="words about the tools, behind the last message of the user")
     add_generation_prompt: bool | None = Field(None, description="let the prompt end where the assistant speaks")
     continue_final_message: bool | None = Field(None, description="let the model go on with the last message; the "
                                                 "default for a last message of the assistant")  # fmt: skip
@@ -250,10 +255,6 @@ class ChatBody(_GenerationBody):
         super().check(max_choices)
         if not self.messages:
             raise InvalidRequest("`messages` must not be empty")
-        if self.tools and self.tool_choice != "none":
-            raise InvalidRequest("`tools` are not supported yet")
-        if not self.tools and self.tool_choice not in (None, "none", "auto"):
-            raise InvalidRequest("`tool_choice` needs `tools`, which are not supported yet")
         if self.echo:
             raise InvalidRequest("`echo` is not supported: the prompt is what the chat template makes of `messages`; "
                                  "/v1/completions echoes")  # fmt: skip
@@ -264,9 +265,18 @@ class ChatBody(_GenerationBody):
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs`")
 
+    def tool_use(self) -> ToolUse | None:
+        """What the request wants of its tools; None when none may be called. Raises ToolFailed."""
+        use = read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        if use is not None and self.guide() is not None:
+            raise ToolFailed("Grammar and tools are mutually exclusive")
+        return use
+
     def conversation(self) -> Conversation:
         """What the chat template renders."""
         messages = [message.for_template() for message in self.messages]
+        check_tool_messages(messages)
+        use = self.tool_use()
         ends_with_assistant = messages[-1]["role"] == "assistant"
         continues = self.continue_final_message
         if continues is None:
@@ -280,6 +290,8 @@ class ChatBody(_GenerationBody):
             add_generation_prompt=not continues and self.add_generation_prompt is not False,
             continue_final_message=continues,
             variables=(self.chat_template_kwargs or {}) | ({"documents": self.documents} if self.documents else {}),
+            tools=() if use is None else use.tools,
+            tool_prompt=self.tool_prompt,
         )
 
     def job(self, prompt: str, adapter_id: str | None) -> GenerationJob:

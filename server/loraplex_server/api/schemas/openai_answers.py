@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 from loraplex_server.api.job import FinishedJob, PromptToken, TextDelta, Token
 
 Reason = Literal["stop", "length"]
+ChatReason = Literal["stop", "length", "tool_calls"]
 
 
 class Spelling(Protocol):
@@ -149,11 +150,36 @@ def _top_logprob(token: Token, spelling: Spelling) -> TopLogprob:
     return TopLogprob(raw.decode(errors="replace"), token.logprob, [*raw])
 
 
-class AssistantMessage(msgspec.Struct, frozen=True):
-    """What the model said."""
+class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """The function of a call; its arguments are JSON text, or a piece of it."""
 
-    content: str
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call of a tool."""
+
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """What a chunk adds to a call; the id, the type and the name come with its first chunk only."""
+
+    index: int
+    function: CalledFunction
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+
+
+class AssistantMessage(msgspec.Struct, frozen=True):
+    """What the model said: a text, calls of tools, or both."""
+
+    content: str | None
     role: str = "assistant"
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -162,7 +188,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Reason
+    finish_reason: ChatReason
     stop_reason: str | int | UnsetType = UNSET  # vLLM's: the stop text or token that ended the answer
     token_ids: list[int] | UnsetType = UNSET
 
@@ -186,6 +212,7 @@ class ChatDelta(msgspec.Struct, frozen=True):
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -194,7 +221,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: Reason | None = None
+    finish_reason: ChatReason | None = None
     stop_reason: str | int | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
