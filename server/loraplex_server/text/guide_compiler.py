@@ -21,20 +21,26 @@ class GuideError(Exception):
     """A guide that cannot be compiled, or that no text satisfies; the message says why."""
 
 
+# By default llguidance lets a text that must come be written in one way only, its own tokenisation. Where the text looks
+# like a special token (a property named "<|im_end|>") that is the token itself, which then ends or breaks the answer.
+_HEADER = '%llguidance {"no_forcing": true}\n'
+
+
 def grammar_of(guide: Guide) -> str:
     """A guide in llguidance's own notation, not compiled yet. Raises GuideError."""
     match guide.kind:
         case "json_schema":
-            return _of_schema(guide)
+            return f"{_HEADER}start: %json {_schema_with_options(guide)}"
         case "regex":
-            return str(llguidance.LLMatcher.grammar_from_regex(guide.text))
+            escaped = json.loads(llguidance.LLMatcher.grammar_from_regex(guide.text))["grammars"][0]["lark_grammar"]
+            return f"{_HEADER}{escaped}"
         case "grammar":
-            return str(llguidance.LLMatcher.grammar_from_lark(_as_lark(guide.text)))
+            return f"{_HEADER}{_as_lark(guide.text)}"
         case "lark":
-            return str(llguidance.LLMatcher.grammar_from_lark(guide.text))
+            return f"{_HEADER}{guide.text}"
 
 
-def _of_schema(guide: Guide) -> str:
+def _schema_with_options(guide: Guide) -> str:
     options: dict[str, Any] = {"whitespace_flexible": guide.whitespace is not None}
     if guide.whitespace is None:
         # As Python's json writes it, and as most models do.
@@ -43,9 +49,9 @@ def _of_schema(guide: Guide) -> str:
         options["whitespace_pattern"] = guide.whitespace
     try:
         schema = closed(json.loads(guide.text))
-        if isinstance(schema, dict):
-            schema["x-guidance"] = options
-        return json.dumps({"grammars": [{"json_schema": schema}]})
+        if schema is False:
+            raise GuideError("the schema is false, which nothing satisfies")
+        return json.dumps(({} if schema is True else schema) | {"x-guidance": options})
     except RecursionError:
         raise GuideError("the schema is nested too deeply") from None
 
@@ -75,6 +81,10 @@ class Vocabulary:
         except ValueError as error:
             raise GuideError(f"this model's tokenizer cannot be used with grammars: {error}") from None
         self.num_words = -(-self.num_tokens // 32)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for in a text."""
+        return self._tokenizer.decode_bytes([token_id])
 
     def matcher(self, grammar: str) -> llguidance.LLMatcher:
         """A matcher at the beginning of a text. Raises GuideError for a grammar that no text satisfies."""

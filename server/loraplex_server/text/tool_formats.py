@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from loraplex_server.text.guides import Guide, checked_guide, lark_text
+from loraplex_server.text.json_schema import closed
 from loraplex_server.text.tools import Tool, ToolUse
 
 # A model that must call tools, and may go on, could call them for ever.
@@ -102,10 +103,5 @@ def tools_guide(tool_format: ToolFormat, use: ToolUse, special_token: Callable[[
 
 def _schema_of(tool: Tool) -> str:
     options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    schema = tool_schema(tool) | {"x-guidance": options | {"lenient": not tool.is_strict}}
-    return msgspec.json.encode(schema).decode()
-
-
-def tool_schema(tool: Tool) -> dict[str, object]:
-    """The schema of a tool's arguments, which are always an object."""
-    return {"type": "object", **tool.parameters}
+    schema = closed({"type": "object", **tool.parameters})
+    return msgspec.json.encode(schema | {"x-guidance": options | {"lenient": not tool.is_strict}}).decode()
