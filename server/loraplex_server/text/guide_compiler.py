@@ -21,8 +21,8 @@ class GuideError(Exception):
     """A guide that cannot be compiled, or that no text satisfies; the message says why."""
 
 
-# By default llguidance lets a text that must come be written in one way only, its own tokenisation. Where the text looks
-# like a special token (a property named "<|im_end|>") that is the token itself, which then ends or breaks the answer.
+# By default llguidance lets a text that must come be written in one way only, its own tokenisation. Where the text
+# looks like a special token (a property named "<|im_end|>") that is the token, which then ends or breaks the answer.
 _HEADER = '%llguidance {"no_forcing": true}\n'
 
 

@@ -75,10 +75,11 @@ def tools_guide(tool_format: ToolFormat, use: ToolUse, special_token: Callable[[
         return None
 
     def literal(text: str) -> list[str]:
-        token_id = special_token(text)
-        if token_id is not None:
-            return [f"<[{token_id}]>"]
-        return [lark_text(text)] if text else []
+        token_id = special_token(text.strip())
+        if token_id is None:
+            return [lark_text(text)] if text else []
+        before, _, after = text.partition(text.strip())
+        return [*literal(before), f"<[{token_id}]>", *literal(after)]
 
     tools = use.callable_tools
     # Bare formats are read from the first brace, so that their marker need not be there.

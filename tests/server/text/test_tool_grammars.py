@@ -57,6 +57,9 @@ def test_calls_written_by_the_grammar_are_read_back_and_satisfy_their_schemas(
     assert use is not None
     guide = tools_guide(tool_format, use, walker.special_id)
     assert guide is not None
+    assert (f"<[{walker.special_id(tool_format.marker)}]>" in guide.text) == (
+        not tool_format.is_bare and walker.special_id(tool_format.marker) is not None
+    )
     counts = set()
     for seed in range(6):
         text = walker.text(guide, seed)
