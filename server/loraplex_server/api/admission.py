@@ -171,8 +171,11 @@ class Admission:
             raise InvalidRequest("`frequency_penalty` must be >= -2.0 and <= 2.0")
         if job.max_new_tokens == 0:
             raise InvalidRequest("`max_new_tokens` must be strictly positive")
-        if job.guide is not None and job.ignore_eos:
-            raise InvalidRequest("`ignore_eos` cannot be used with a grammar, whose end is the end of the answer")
+        if job.guide is not None:
+            for name, value in (("ignore_eos", job.ignore_eos), ("min_tokens", job.min_new_tokens),
+                                ("allowed_token_ids", job.allowed_token_ids)):  # fmt: skip
+                if value:
+                    raise InvalidRequest(f"`{name}` cannot be used with a grammar, which says what may come and when")
         self._check_stop(job.stop)
         if job.stop_token_ids:
             self._check_vocabulary("`stop_token_ids`", job.stop_token_ids)

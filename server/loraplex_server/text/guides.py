@@ -9,9 +9,9 @@ import msgspec
 from loraplex_server.errors import InvalidRequest
 
 MAX_GUIDE_CHARACTERS = 64 * 1024
-# At each place where JSON allows white space. Enough for deep indentation; without a bound a small model that likes
-# blanks would write nothing else.
-JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+# At each place where JSON allows white space: a blank, or a new line with its indentation. With more freedom a small
+# model that likes blanks writes nothing else.
+JSON_WHITESPACE = r"(?: |\n {0,32}|\n\t{0,8})"
 
 
 class Guide(msgspec.Struct, frozen=True):
