@@ -286,7 +286,7 @@ def test_a_streams_logprobs_are_those_of_the_whole_answer() -> None:
         (USER, {"add_generation_prompt": False}, "u:hi;"),
         (USER, {"chat_template_kwargs": {"suffix": "!"}}, "u:hi;a:!"),
         (USER, {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}}, "u:hi;a:"),
-        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, *USER], {}, "a:;u:hi;a:"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, *USER], {}, 'a:[{"id": "1"}];u:hi;a:'),
     ],
 )
 def test_the_prompt_is_what_the_template_makes_of_the_messages(
