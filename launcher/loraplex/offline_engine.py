@@ -48,6 +48,7 @@ class OfflineEngine:
         import torch
 
         from loraplex_models.checkpoint import CheckpointError
+        from loraplex_server.engine.forward_pass import free_kv_bytes
         from loraplex_server.engine.memory import NotEnoughMemory, settle_limits
         from loraplex_server.engine.process import build_engine, load_base_model
 
@@ -56,7 +57,8 @@ class OfflineEngine:
         self.config = plan.config.engine
         try:
             model = load_base_model(self.config)
-            self.limits = settle_limits(self.config, model.config, model.kv_bytes_per_block(self.config.block_size))
+            block_bytes = model.kv_bytes_per_block(self.config.block_size)
+            self.limits = settle_limits(self.config, model.config, block_bytes, free_kv_bytes(self.config, model))
         except (CheckpointError, NotEnoughMemory) as error:
             raise LaunchError(str(error)) from None
         self.model_config = model.config

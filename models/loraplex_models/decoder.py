@@ -165,6 +165,11 @@ class CausalLM:
         return tuple(linear for layer in self.layers for linear in layer.linears)
 
     @property
+    def can_be_captured(self) -> bool:
+        """Whether a pass on a GPU asks nothing of the device and does nothing new from one to the next."""
+        return self._is_plain and self.config.rope.kind != "dynamic"
+
+    @property
     def lora_sites(self) -> tuple[LoraSite, ...]:
         """The checkpoint's linears that adapters may change, layer by layer."""
         return tuple(

@@ -20,6 +20,7 @@ from loraplex_kernels.lora_pages import (
     PREFILL_TILE_ROWS,
     LinearPages,
     RankPages,
+    RowTiles,
     make_tiles,
     write_pages,
 )
@@ -101,13 +102,17 @@ class PagedAdapterSlots(AdapterSlots):
 
     def route(self, segment_start: Sequence[int], segment_slots: Sequence[int]) -> LoraBatch | None:
         """Say how the step's tokens reach their adapters; None when no token has one."""
-        batch = super().route(segment_start, segment_slots)
-        if batch is None:
-            return None
-        lengths = [end - start for start, end in pairwise(segment_start)]
-        tile_rows = DECODE_TILE_ROWS if max(lengths) <= DECODE_TILE_ROWS else PREFILL_TILE_ROWS
+        longest = max((end - start for start, end in pairwise(segment_start)), default=0)
+        tile_rows = DECODE_TILE_ROWS if longest <= DECODE_TILE_ROWS else PREFILL_TILE_ROWS
         tiles = make_tiles(segment_start, segment_slots, tile_rows, self._device)
-        return replace(batch, tiles=tiles, pages=self.pages_of(set(segment_slots)))
+        return self.route_tiles(segment_start, segment_slots, tiles)
+
+    def route_tiles(
+        self, segment_start: Sequence[int], segment_slots: Sequence[int], tiles: RowTiles
+    ) -> LoraBatch | None:
+        """As `route`, with the tiles of these segments already on the device."""
+        batch = super().route(segment_start, segment_slots)
+        return None if batch is None else replace(batch, tiles=tiles, pages=self.pages_of(set(segment_slots)))
 
     def pages_of(self, slots: set[int]) -> tuple[LinearPages | None, ...]:
         """Each linear's pages, by its index; None where no adapter of these slots touches it."""

@@ -1,6 +1,6 @@
 """AdapterSlots: the adapters that are ready to compute with, and how a batch's tokens reach them."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -111,6 +111,10 @@ class AdapterSlots:
             for end in (self._embedding, self._head):
                 end.clear(slot)
         self._last_route = None
+
+    def bring_extras(self, slots: Set[int]) -> bool:
+        """Whether an adapter of these slots brings more than products."""
+        return not self._with_extras.isdisjoint(slots)
 
     def route(self, segment_start: Sequence[int], segment_slots: Sequence[int]) -> LoraBatch | None:
         """Say how the step's tokens reach their adapters; None when no token has one.

@@ -1,5 +1,7 @@
 """From a StepPlan to the tensors of a ForwardBatch, through tables that are kept per row between steps."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -7,6 +9,22 @@ from numpy.typing import NDArray
 from loraplex_models.adapters.slots import NO_SLOT, AdapterSlots
 from loraplex_models.forward import AttentionBatch, ForwardBatch
 from loraplex_server.engine.step import ScheduledSequence, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """A step's numbers, of the shapes that `ForwardBatch` and `AttentionBatch` name; and its runs of one adapter."""
+
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    sample_rows: NDArray[np.int64]
+    query_start: NDArray[np.int32]
+    seq_lens: NDArray[np.int32]
+    block_table: NDArray[np.int32]
+    slot_mapping: NDArray[np.int64]
+    max_query_len: int
+    max_seq_len: int
+    segments: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class BatchBuilder:
@@ -25,6 +43,10 @@ class BatchBuilder:
 
     def build(self, plan: StepPlan) -> ForwardBatch:
         """The step's tensors. Rows that give logits: each chunk's last token if it samples, all if it has targets."""
+        return self.batch(plan, self.arrays(plan))
+
+    def arrays(self, plan: StepPlan) -> "StepArrays":
+        """The step's numbers. Each step's plan must come here once: it grows the block tables."""
         sequences = plan.sequences
         for sequence in sequences:
             self._append_blocks(sequence)
@@ -43,20 +65,35 @@ class BatchBuilder:
         block_table = self._block_table[rows, : -(-max_seq_len // self._block_size)]
         # Cells beyond a sequence's own blocks may hold what the row had before: name block 0 instead.
         block_table = np.where(np.arange(block_table.shape[1]) < self._num_blocks[rows, None], block_table, 0)
+        return StepArrays(
+            token_ids=token_ids,
+            positions=positions,
+            sample_rows=_sample_rows(sequences, query_start),
+            query_start=query_start,
+            seq_lens=seq_lens.astype(np.int32),
+            block_table=block_table,
+            slot_mapping=slot_mapping,
+            max_query_len=int(lengths.max()),
+            max_seq_len=max_seq_len,
+            segments=_segments(sequences),
+        )
+
+    def batch(self, plan: StepPlan, arrays: "StepArrays") -> ForwardBatch:
+        """The step's tensors, from its numbers."""
         return ForwardBatch(
-            token_ids=self._tensor(token_ids),
-            positions=self._tensor(positions),
-            sample_rows=self._tensor(_sample_rows(sequences, query_start)),
+            token_ids=self._tensor(arrays.token_ids),
+            positions=self._tensor(arrays.positions),
+            sample_rows=self._tensor(arrays.sample_rows),
             attention=AttentionBatch(
-                query_start=self._tensor(query_start),
-                seq_lens=self._tensor(seq_lens.astype(np.int32)),
-                block_table=self._tensor(block_table),
-                slot_mapping=self._tensor(slot_mapping),
+                query_start=self._tensor(arrays.query_start),
+                seq_lens=self._tensor(arrays.seq_lens),
+                block_table=self._tensor(arrays.block_table),
+                slot_mapping=self._tensor(arrays.slot_mapping),
                 num_decodes=plan.num_decodes,
-                max_query_len=int(lengths.max()),
-                max_seq_len=max_seq_len,
+                max_query_len=arrays.max_query_len,
+                max_seq_len=arrays.max_seq_len,
             ),
-            lora=self._slots.route(*_segments(sequences)),
+            lora=self._slots.route(*arrays.segments),
         )
 
     def _append_blocks(self, sequence: ScheduledSequence) -> None:

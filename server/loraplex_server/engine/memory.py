@@ -58,12 +58,12 @@ def num_bytes_of(text: str, whole_bytes: int, flag: str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
-def settle_group_limits(config: EngineConfig, model: CausalLM) -> Limits:
+def settle_group_limits(config: EngineConfig, model: CausalLM, kv_bytes: int | None = None) -> Limits:
     """The limits that every rank of the model's group can keep, the same on each.
 
     Raises NotEnoughMemory, and RanksLost when another rank has ended.
     """
-    limits = settle_limits(config, model.config, model.kv_bytes_per_block(config.block_size))
+    limits = settle_limits(config, model.config, model.kv_bytes_per_block(config.block_size), kv_bytes)
     num_blocks = min(number for (number,) in model.group.gather_numbers([limits.num_kv_blocks]))
     if num_blocks == limits.num_kv_blocks:
         return limits
@@ -71,10 +71,12 @@ def settle_group_limits(config: EngineConfig, model: CausalLM) -> Limits:
     return settle_limits(config, model.config, model.kv_bytes_per_block(config.block_size))
 
 
-def settle_limits(config: EngineConfig, model: ModelConfig, kv_bytes_per_block: int) -> Limits:
+def settle_limits(
+    config: EngineConfig, model: ModelConfig, kv_bytes_per_block: int, kv_bytes: int | None = None
+) -> Limits:
     """Resolve every «auto» of the KV cache and of the request lengths, once.
 
-    Raises NotEnoughMemory.
+    `kv_bytes`: what the cache may take; by default a share of this machine's memory. Raises NotEnoughMemory.
     """
     max_positions = model.max_positions
     if config.rope_scaling and config.rope_factor:
@@ -88,8 +90,9 @@ def settle_limits(config: EngineConfig, model: ModelConfig, kv_bytes_per_block: 
     elif config.max_batch_total_tokens:
         num_blocks = -(-config.max_batch_total_tokens // size)
     else:
-        free_bytes = int(look_at_machine().memory_bytes * config.kv_memory_fraction) // config.num_local_ranks
-        num_blocks = min(free_bytes // kv_bytes_per_block, most_blocks)
+        if kv_bytes is None:
+            kv_bytes = int(look_at_machine().memory_bytes * config.kv_memory_fraction) // config.num_local_ranks
+        num_blocks = min(max(kv_bytes, 0) // kv_bytes_per_block, most_blocks)
     capacity = num_blocks * size
     if config.max_total_tokens and capacity < max_total:
         raise NotEnoughMemory(

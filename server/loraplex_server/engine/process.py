@@ -24,6 +24,7 @@ from loraplex_server.control import ControlLine
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.executor import LocalExecutor
+from loraplex_server.engine.forward_pass import free_kv_bytes
 from loraplex_server.engine.guided import GrammarLibrary, GuidedRows
 from loraplex_server.engine.heartbeat import Heartbeat
 from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_group_limits
@@ -106,7 +107,6 @@ def build_worker(
         max_lora_rank=config.adapters.max_lora_rank,
         read_adapter=read_adapter,
         sampler=sampler,
-        device=model.device,
         samples=group.rank == 0,
     )
 
@@ -185,7 +185,7 @@ def _lead(config: ServeConfig, heartbeat: Heartbeat) -> None:
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopping.append(number))
     model = _load(config, heartbeat, rank=0)
-    limits = settle_group_limits(config.engine, model)
+    limits = settle_group_limits(config.engine, model, free_kv_bytes(config.engine, model))
     engine = build_engine(config.engine, model, limits)
     try:
         _warm_up(engine, model)
@@ -205,7 +205,7 @@ def _lead(config: ServeConfig, heartbeat: Heartbeat) -> None:
 def _follow(config: ServeConfig, heartbeat: Heartbeat, rank: int) -> None:
     """The other ranks: load, report ready, and obey rank 0 until it ends."""
     model = _load(config, heartbeat, rank)
-    limits = settle_group_limits(config.engine, model)
+    limits = settle_group_limits(config.engine, model, free_kv_bytes(config.engine, model))
     worker = build_worker(config.engine, model, limits)
     warm_up(model.dtype, model.device, has_experts=model.config.experts is not None)
     heartbeat.send("ready", report=[])

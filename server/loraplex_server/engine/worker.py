@@ -10,7 +10,7 @@ from loraplex_models.adapters.paged_slots import make_slots
 from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.decoder import CausalLM
 from loraplex_server.engine.adapters.host_cache import HostCache
-from loraplex_server.engine.batch_builder import BatchBuilder
+from loraplex_server.engine.forward_pass import ForwardPass
 from loraplex_server.engine.sampler import Sampler
 from loraplex_server.engine.step import AdapterOp, StepPlan
 from loraplex_server.messages import TopLogprob
@@ -58,17 +58,20 @@ class Worker:
         max_lora_rank: int,
         read_adapter: Callable[[str], AdapterWeights],
         sampler: Sampler,
-        device: torch.device,
         samples: bool = True,
     ):
         self._samples = samples
-        self._model = model
-        self._kv_cache = model.new_kv_cache(num_kv_blocks, block_size)
         self._slots = make_slots(model, num_slots, max_lora_rank)
         self.host_cache = HostCache(read_adapter, self._slots.prepare)
         self._sampler = sampler
-        max_blocks = -(-max_total_tokens // block_size)
-        self._builder = BatchBuilder(max_batch_size, max_blocks, block_size, self._slots, device)
+        self._pass = ForwardPass(
+            model,
+            self._slots,
+            num_kv_blocks=num_kv_blocks,
+            block_size=block_size,
+            max_batch_size=max_batch_size,
+            max_blocks=-(-max_total_tokens // block_size),
+        )
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -76,13 +79,13 @@ class Worker:
         for operation in plan.adapter_ops:
             self._apply(operation)
         for start in plan.row_starts:
-            self._builder.start_row(start.row)
+            self._pass.start_row(start.row)
         if self._samples:
             self._note_rows(plan)
         if not plan.sequences:
             return StepResult({})
         began = time.perf_counter()
-        logits = self._model.forward(self._builder.build(plan), self._kv_cache)
+        logits = self._pass.run(plan)
         computed = time.perf_counter()
         rows = self._choose(plan, logits) if self._samples else {}
         return StepResult(rows, computed - began, time.perf_counter() - computed)

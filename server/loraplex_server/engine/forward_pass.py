@@ -1,0 +1,102 @@
+"""From a plan to the logits of its sampled rows, in the way of the device that the model is on."""
+
+import torch
+from torch import Tensor
+
+from loraplex_models.adapters.paged_slots import PagedAdapterSlots
+from loraplex_models.adapters.slots import AdapterSlots
+from loraplex_models.decoder import CausalLM
+from loraplex_server.config import EngineConfig
+from loraplex_server.engine.batch_builder import BatchBuilder
+from loraplex_server.engine.device_batch import DeviceBatchBuilder
+from loraplex_server.engine.graphs import Capture, CudaCapture, DecodeGraphs
+from loraplex_server.engine.memory import settle_adapter_budgets
+from loraplex_server.engine.step import StepPlan
+
+# How decodes are made repeatable where there is no GPU; tests have them computed anew.
+CAPTURE_ON_CPU: Capture | None = None
+
+# For captured graphs, their workspaces, and what the allocator loses between blocks.
+GRAPHS_BYTES = 2 << 30
+
+
+class ForwardPass:
+    """One rank's model with its KV cache."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        slots: AdapterSlots,
+        *,
+        num_kv_blocks: int,
+        block_size: int,
+        max_batch_size: int,
+        max_blocks: int,
+    ) -> None:
+        self._model = model
+        self._slots = slots
+        self._graphs: DecodeGraphs | None = None
+        capture = CudaCapture() if model.device.type == "cuda" else CAPTURE_ON_CPU
+        if not isinstance(slots, PagedAdapterSlots):
+            self._kv_cache = model.new_kv_cache(num_kv_blocks, block_size)
+            self._builder = BatchBuilder(max_batch_size, max_blocks, block_size, slots, model.device)
+            return
+        # One block more, for what rows without a sequence write.
+        self._kv_cache = model.new_kv_cache(num_kv_blocks + 1, block_size)
+        self._builder = DeviceBatchBuilder(max_batch_size, max_blocks, block_size, slots, model.device)
+        if capture is not None and model.can_be_captured:
+            self._graphs = DecodeGraphs(
+                model,
+                self._kv_cache,
+                slots.pages,
+                max_batch_size=max_batch_size,
+                max_blocks=max_blocks,
+                spare_cell=num_kv_blocks * block_size,
+                capture=capture,
+            )
+
+    def start_row(self, row: int) -> None:
+        """A sequence enters a row."""
+        self._builder.start_row(row)
+
+    def run(self, plan: StepPlan) -> Tensor:
+        """Return the logits of the rows that give some, [S, vocab], valid until the next step."""
+        arrays = self._builder.arrays(plan)
+        if self._graphs is not None:
+            used = {sequence.slot for sequence in plan.sequences if sequence.slot >= 0}
+            if not self._slots.bring_extras(used):
+                logits = self._graphs.run(plan, arrays, has_adapters=bool(used))
+                if logits is not None:
+                    return logits
+        return self._model.forward(self._builder.batch(plan, arrays), self._kv_cache)
+
+
+def free_kv_bytes(config: EngineConfig, model: CausalLM) -> int | None:
+    """What a GPU has left for the KV cache: beside the adapters' budget, the widest step and the graphs.
+
+    None on a CPU. Raises NotEnoughMemory where the adapters' budget cannot be read.
+    """
+    if model.device.type != "cuda":
+        return None
+    slots = PagedAdapterSlots(model, 1, config.adapters.max_lora_rank)
+    working = working_bytes(model, slots, config.max_batch_prefill_tokens, config.block_size)
+    free, total = torch.cuda.mem_get_info(model.device)
+    adapters = settle_adapter_budgets(config.adapters, "cuda").device_bytes
+    return int(free - (1 - config.cuda_memory_fraction) * total) - adapters - working - GRAPHS_BYTES
+
+
+def working_bytes(model: CausalLM, slots: PagedAdapterSlots, num_tokens: int, block_size: int) -> int:
+    """What a step of that many tokens takes on the GPU beside weights, KV cache and adapters: by running one."""
+    num_blocks = -(-num_tokens // block_size)
+    cache = model.new_kv_cache(num_blocks, block_size)
+    builder = DeviceBatchBuilder(1, num_blocks, block_size, slots, model.device)
+    with torch.inference_mode():
+        batch = builder.widest_batch(num_tokens)
+        before = torch.cuda.memory_allocated(model.device)
+        torch.cuda.reset_peak_memory_stats(model.device)
+        model.forward(batch, cache)
+    torch.cuda.synchronize(model.device)
+    taken = torch.cuda.max_memory_allocated(model.device) - before
+    del cache
+    torch.cuda.empty_cache()
+    return taken

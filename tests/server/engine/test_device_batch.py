@@ -1,0 +1,139 @@
+"""What a GPU step is given: one copy of all numbers, and decodes filled up to the size of a graph."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import make_peft_adapter, make_tiny_llama
+
+from loraplex_kernels import dispatch
+from loraplex_models.adapters.manifest import check_adapter
+from loraplex_models.adapters.paged_slots import PagedAdapterSlots
+from loraplex_models.adapters.weights import load_adapter_weights
+from loraplex_models.loader import load_model
+from loraplex_models.parallel import ParallelGroup
+from loraplex_server.engine.device_batch import DeviceBatchBuilder
+from loraplex_server.engine.graphs import DecodeGraphs, graph_sizes, run_again
+from loraplex_server.engine.staging import StagedInputs, send_arrays
+from loraplex_server.engine.step import ScheduledSequence, StepPlan
+
+CPU = torch.device("cpu")
+BLOCK_SIZE, NUM_BLOCKS, MAX_BLOCKS = 4, 40, 9
+SPARE_CELL = NUM_BLOCKS * BLOCK_SIZE
+
+
+def test_all_arrays_travel_in_one_buffer() -> None:
+    arrays = [np.arange(5, dtype=np.int64), np.arange(6, dtype=np.int32).reshape(2, 3)[:, 1:], np.zeros((0,), np.int32)]
+    sent = send_arrays(arrays, CPU)
+    for array, tensor in zip(arrays, sent, strict=True):
+        assert torch.equal(tensor, torch.from_numpy(array.copy()))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in sent}) == 1
+
+
+def test_staged_inputs_stay_in_place_and_change_only_when_sent() -> None:
+    inputs = StagedInputs([((3,), np.int64), ((2, 2), np.int32)], CPU)
+    first, second = inputs.tensors
+    for turn in (1, 2):
+        one, two = inputs.write()
+        one[:], two[:] = turn, turn + 1
+        inputs.send()
+        assert inputs.tensors == (first, second)
+        assert first.tolist() == [turn] * 3 and second.tolist() == [[turn + 1] * 2] * 2
+
+
+@pytest.mark.parametrize("largest", [1, 3, 8, 100, 256])
+def test_every_batch_fits_a_graph_that_is_not_much_larger(largest: int) -> None:
+    sizes = graph_sizes(largest)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == largest
+    for count in range(1, largest + 1):
+        size = next(size for size in sizes if size >= count)
+        assert size - count < max(8, count / 2, 4)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("graphs")
+    reference = make_tiny_llama(folder / "model")
+    model = load_model(folder / "model", dtype=torch.float32, device=CPU, group=ParallelGroup.single())
+    adapters = [
+        make_peft_adapter(folder / "0", reference, rank=3),
+        make_peft_adapter(folder / "1", reference, rank=18, target_modules=["v_proj", "o_proj"], seed=2),
+    ]
+    return model, [
+        load_adapter_weights(path, check_adapter(path, model.config, max_rank=64), dtype=torch.float32)
+        for path in adapters
+    ]
+
+
+def decodes(slots_of_rows: list[int], rng: random.Random) -> StepPlan:
+    """Sequences in the middle of their blocks, each with one new token."""
+    blocks = rng.sample(range(NUM_BLOCKS), 6 * len(slots_of_rows))
+    sequences = []
+    for row, slot in enumerate(slots_of_rows):
+        start = rng.randrange(6 * BLOCK_SIZE)
+        mine = blocks[6 * row : 6 * row + start // BLOCK_SIZE + 1]
+        sequences.append(
+            ScheduledSequence(
+                row=row, token_ids=[rng.randrange(500)], start=start, new_block_ids=mine, slot=slot, samples=True
+            )
+        )
+    return StepPlan(step_id=1, sequences=sequences, num_decodes=len(sequences))
+
+
+def test_a_filled_up_batch_gives_the_logits_of_the_batch_alone(parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph serves batches of other sizes, other adapters and other ranks, one after the other."""
+    monkeypatch.setattr(dispatch, "INTERPRETS", True)
+    model, adapters = parts
+    slots = PagedAdapterSlots(model, 2, 64)
+    cache, other = (model.new_kv_cache(NUM_BLOCKS + 1, BLOCK_SIZE) for _ in range(2))
+    for layer, same in zip(cache.layers, other.layers, strict=True):
+        layer[:SPARE_CELL] = torch.randn(SPARE_CELL, layer.shape[1])
+        same.copy_(layer)
+    captured = []
+
+    def capture(forward):
+        captured.append(forward)
+        return run_again(forward)
+
+    graphs = DecodeGraphs(
+        model, cache, slots.pages, max_batch_size=4, max_blocks=MAX_BLOCKS, spare_cell=SPARE_CELL, capture=capture
+    )
+    rng = random.Random(5)
+    mixes = [([-1, 0, 1], adapters), ([0, 0, 1, 1], adapters[::-1]), ([-1, -1, -1], adapters), ([-1, -1, 1], adapters)]
+    with torch.inference_mode():
+        for rows, weights in mixes:
+            for slot, one in enumerate(weights):
+                slots.set(slot, one)
+            plan, builder = decodes(rows, rng), DeviceBatchBuilder(4, MAX_BLOCKS, BLOCK_SIZE, slots, CPU)
+            arrays = builder.arrays(plan)
+            ours = graphs.run(plan, arrays, has_adapters=any(slot >= 0 for slot in rows))
+            truth = model.forward(builder.batch(plan, arrays), other)
+            assert ours is not None and (ours - truth).abs().max() < 1e-4
+            for layer, same in zip(cache.layers, other.layers, strict=True):
+                assert torch.allclose(layer[:SPARE_CELL], same[:SPARE_CELL], atol=1e-4)
+    assert len(captured) == 2
+
+
+def test_a_step_with_a_chunk_has_no_graph(parts) -> None:
+    model, _ = parts
+    plan = decodes([-1], random.Random(1))
+    chunk = ScheduledSequence(row=1, token_ids=[1, 2], start=0, new_block_ids=[39], slot=-1, samples=True)
+    mixed = StepPlan(step_id=1, sequences=[*plan.sequences, chunk], num_decodes=1)
+    builder = DeviceBatchBuilder(4, MAX_BLOCKS, BLOCK_SIZE, PagedAdapterSlots(model, 1, 8), CPU)
+    graphs = DecodeGraphs(
+        model, model.new_kv_cache(1, BLOCK_SIZE), (), max_batch_size=4, max_blocks=MAX_BLOCKS, spare_cell=0,
+        capture=run_again,
+    )  # fmt: skip
+    assert graphs.run(mixed, builder.arrays(mixed), has_adapters=False) is None
+
+
+def test_the_widest_batch_takes_the_room_of_adapters_and_computes(parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETS", True)
+    model, _ = parts
+    slots = PagedAdapterSlots(model, 1, 8)
+    builder = DeviceBatchBuilder(1, MAX_BLOCKS, BLOCK_SIZE, slots, CPU)
+    batch = builder.widest_batch(MAX_BLOCKS * BLOCK_SIZE)
+    assert len(batch.token_ids) == MAX_BLOCKS * BLOCK_SIZE and all(batch.lora.pages)
+    with torch.inference_mode():
+        assert model.forward(batch, model.new_kv_cache(MAX_BLOCKS, BLOCK_SIZE)).isfinite().all()
