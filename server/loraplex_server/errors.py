@@ -10,6 +10,7 @@
     ├── BodyTimeout                 408 timeout: the body came too slowly
     ├── UnsupportedMediaType        415 unsupported_media_type
     ├── Unauthorized                401 unauthorized
+    ├── NotServed                   404 not_found: the route is known, and this model cannot do it
     ├── Forbidden                   403 forbidden: the caller may not change the server
     ├── AdapterError
     │   ├── AdapterNotFound         404 adapter_not_found
@@ -88,6 +89,12 @@ class Forbidden(LoraplexError):
     """The caller may use the server but not change it."""
 
     error_type = "forbidden"
+
+
+class NotServed(LoraplexError):
+    """The route is for another kind of model."""
+
+    error_type = "not_found"
 
 
 class AdapterError(LoraplexError):

@@ -56,7 +56,7 @@ def sampling_and_alternatives(url: str) -> None:
     asked = {"do_sample": True, "seed": 5, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1}
     texts = {Client(url).generate(PROMPT, adapter_id="shout", max_new_tokens=8, **asked).generated_text for _ in "ab"}
     assert len(texts) == 1
-    answer = Client(url).generate(PROMPT, max_new_tokens=4, return_k_alternatives=3)
+    answer = Client(url, timeout=60).generate(PROMPT, max_new_tokens=4, return_k_alternatives=3)
     assert all(len(token.alternative_tokens) == 3 for token in answer.details.tokens)
 
 

@@ -15,6 +15,7 @@ from loraplex_server.api.routes import (
     openai_chat,
     openai_completions,
     platforms,
+    probes,
     responses,
     service,
     tgi,
@@ -50,12 +51,19 @@ ROUTES = [
     Route("/v1/models/{model_id:path}", models.get_model, methods=["GET"]),
     Route("/health", service.health, methods=["GET"]),
     Route("/ping", service.health, methods=["GET"]),
+    Route("/health/live", probes.live, methods=["GET"]),
+    Route("/health/ready", service.health, methods=["GET"]),
+    Route("/startup", service.health, methods=["GET"]),
+    Route("/version", probes.version, methods=["GET"]),
+    Route("/load", probes.load, methods=["GET"]),
+    Route("/tokenizer_info", probes.tokenizer_info, methods=["GET"]),
     Route("/info", service.info, methods=["GET"]),
     Route("/metrics", service.metrics, methods=["GET"]),
     Route("/docs", service.docs, methods=["GET"]),
     Route("/openapi.json", service.openapi, methods=["GET"]),
     Route("/api-doc/openapi.json", service.openapi, methods=["GET"]),
 ]
+ROUTES += [Route(path, probes.not_served, methods=["POST"]) for path in probes.OTHER_MODELS_PATHS]
 
 
 def build_app(state: ApiState) -> Starlette:
@@ -71,7 +79,7 @@ def build_app(state: ApiState) -> Starlette:
                 CORSMiddleware,
                 allow_origins=list(config.cors_allow_origin) or ["*"],
                 allow_methods=["GET", "POST"],
-                allow_headers=["content-type", "authorization", "x-request-id"],
+                allow_headers=["content-type", "authorization", "x-api-key", "x-request-id"],
                 expose_headers=["x-request-id"],
             ),
             Middleware(ApiKeys, keys=config.api_key and (*config.api_key, *admin_keys)),

@@ -18,8 +18,8 @@ access_logger = logging.getLogger("loraplex.access")
 
 _safe_request_id = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 # The prober and the scraper have no key.
-_OPEN_ROUTES = {("GET", "/"), ("GET", "/health"), ("GET", "/ping"), ("GET", "/metrics")}
-_QUIET_PATHS = {"/", "/health", "/ping", "/metrics"}
+_QUIET_PATHS = {"/", "/health", "/health/live", "/health/ready", "/startup", "/ping", "/metrics"}
+_OPEN_ROUTES = {("GET", path) for path in _QUIET_PATHS}
 
 
 class RequestLog:
@@ -85,8 +85,8 @@ def _log_request(scope: Scope, status: int, seconds: float) -> None:
 
 
 class ApiKeys:
-    """Lets requests pass that carry one of the keys as `Authorization: Bearer KEY`; all of them when there are no
-    keys."""
+    """Lets requests pass that carry one of the keys as `Authorization: Bearer KEY` or `X-API-Key: KEY`; all of them
+    when there are no keys."""
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...]):
         self._app = app
@@ -97,7 +97,10 @@ class ApiKeys:
         if scope["type"] == "http" and not self._may_pass(scope):
             scope["state"]["error_type"] = Unauthorized.error_type
             response = error_response(
-                Unauthorized("this server needs a key: send the header `Authorization: Bearer KEY`"), scope["path"]
+                Unauthorized(
+                    "this server needs a key: send the header `Authorization: Bearer KEY`, or `X-API-Key: KEY`"
+                ),
+                scope["path"],
             )
             await response(scope, receive, send)
             return
@@ -107,10 +110,13 @@ class ApiKeys:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         if not self._keys or (method, scope["path"]) in _OPEN_ROUTES:
             return True
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = [headers.get("x-api-key", "").strip(), bearer.strip() if scheme.lower() == "bearer" else ""]
         # Every key is compared, and each in a time that does not depend on where it differs.
-        matches = [hmac.compare_digest(key, given.strip().encode("utf-8", "replace")) for key in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+        return any(
+            [hmac.compare_digest(key, one.encode("utf-8", "replace")) for key in self._keys for one in given if one]
+        )
 
 
 def _is_upload(scope: Scope) -> bool:

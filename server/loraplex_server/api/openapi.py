@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 from loraplex_server.api.http_errors import STATUS_OF_TYPE, ErrorBody, OpenAIErrorBody
 from loraplex_server.api.routes.models import Model, ModelList
 from loraplex_server.api.routes.platforms import Predictions, VertexBody
+from loraplex_server.api.routes.probes import OTHER_MODELS_PATHS
 from loraplex_server.api.routes.tokenize import ChatTokens, DetokenizedText, TokenCount
 from loraplex_server.api.schemas.adapters import (
     AdapterInfo,
@@ -21,6 +22,7 @@ from loraplex_server.api.schemas.adapters import (
 )
 from loraplex_server.api.schemas.openai import ChatBody, CompletionBody, DetokenizeBody
 from loraplex_server.api.schemas.openai_answers import ChatAnswer, ChatChunk, CompletionAnswer
+from loraplex_server.api.schemas.responses import ResponsesAnswer, ResponsesBody
 from loraplex_server.api.schemas.tgi import CompatGenerateBody, GenerateAnswer, GenerateBody, StreamEvent
 from loraplex_server.text.tokenizer import TokenSpan
 
@@ -111,6 +113,15 @@ def openapi_document() -> dict[str, Any]:
                     error="OpenAIErrorBody",
                 )
             },
+            "/v1/responses": {
+                "post": _post(
+                    "Answer an input, as OpenAI's Responses API: text alone, nothing stored",
+                    "ResponsesBody",
+                    {"application/json": _ref("ResponsesAnswer"), "text/event-stream": {"type": "object"}},
+                    example={"input": "Where is the treasure?", "max_output_tokens": 40},
+                    error="OpenAIErrorBody",
+                )
+            },
             "/invocations": {
                 "post": _post(
                     "SageMaker's route: a body of POST /, of chat or of completions, and that route's answer",
@@ -145,6 +156,15 @@ def openapi_document() -> dict[str, Any]:
             **_adapter_paths(),
             "/health": {"get": _get("Whether requests can be served", None, also=(503,))},
             "/ping": {"get": _get("The same as /health", None, also=(503,))},
+            "/health/live": {"get": _get("Whether the process answers, ready or not", None)},
+            "/health/ready": {"get": _get("The same as /health", None, also=(503,))},
+            "/startup": {"get": _get("The same as /health", None, also=(503,))},
+            "/version": {"get": _get("Our version, as vLLM", {"type": "object"})},
+            "/load": {"get": _get("The sequences in flight, as vLLM", {"type": "object"}, also=(503,))},
+            "/tokenizer_info": {
+                "get": _get("Special tokens and the chat template, as vLLM", {"type": "object"}, also=(503,))
+            },
+            **{path: {"post": _refused(path)} for path in OTHER_MODELS_PATHS},
             "/info": {"get": _get("The model and the limits", {"type": "object"}, also=(503,))},
             "/metrics": {"get": _get("Prometheus metrics", {"type": "string"}, media_type="text/plain")},
         },
@@ -200,6 +220,7 @@ def _component_schemas() -> dict[str, Any]:
         CompatGenerateBody,
         ChatBody,
         CompletionBody,
+        ResponsesBody,
         DetokenizeBody,
         VertexBody,
         LoadLoraBody,
@@ -212,7 +233,7 @@ def _component_schemas() -> dict[str, Any]:
     )
     answers = [
         *(GenerateAnswer, StreamEvent, ModelList, Model, ErrorBody, OpenAIErrorBody, list[TokenSpan]),
-        *(AdapterInfo, AdapterList),
+        *(AdapterInfo, AdapterList, ResponsesAnswer),
         *(ChatAnswer, ChatChunk, CompletionAnswer, TokenCount, DetokenizedText, ChatTokens, Predictions),
     ]
     _, structs = msgspec.json.schema_components(answers, ref_template=_REF)
@@ -254,6 +275,16 @@ def _post(
             },
             **_errors(_GENERATION_ERRORS, error),
         },
+        "security": [{"key": []}],
+    }
+
+
+def _refused(path: str) -> dict[str, Any]:
+    """A route that a model which generates text cannot serve."""
+    return {
+        "summary": "Refused: for embedding and classification models",
+        "requestBody": {"content": {"application/json": {"schema": {"type": "object"}, "example": {"input": "x"}}}},
+        "responses": _errors((401, 404, 413), "OpenAIErrorBody" if path.startswith("/v1/") else "ErrorBody"),
         "security": [{"key": []}],
     }
 

@@ -163,6 +163,11 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise ChatTemplateError(f"the chat template does not compile: {error}") from None
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The tokens that templates know by name, such as eos_token."""
+        return self._special_tokens
+
     @classmethod
     def load(cls, folder: str, tokenizer_config_path: str | None = None) -> "ChatTemplate | None":
         """The template of a model's folder, or None where there is none. Raises ChatTemplateError.

@@ -3,6 +3,8 @@
 import pytest
 from scripted_engine import TestServer, with_server
 
+from loraplex_server.api.app import ROUTES
+
 KEYS = ("first-key", "Second-Key")
 
 
@@ -37,6 +39,39 @@ def test_a_key_opens_the_routes(path: str, header: str | None, status: int) -> N
             assert answer.headers["www-authenticate"] == "Bearer"
             assert "first-key" not in answer.text
             assert not server.engine.requests
+
+    with_server(test, api_key=KEYS)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"x-api-key": "first-key"}, 200),
+        ({"x-api-key": " Second-Key "}, 200),
+        ({"x-api-key": "second-key"}, 401),
+        ({"x-api-key": ""}, 401),
+        ({"x-api-key": "wrong", "authorization": "Bearer first-key"}, 200),
+        ({"x-api-key": "first-key", "authorization": "Basic abc"}, 200),
+        ({"x-api-key": "wrong", "authorization": "Bearer wrong"}, 401),
+    ],
+)
+def test_a_key_may_come_as_x_api_key(headers: dict[str, str], status: int) -> None:
+    async def test(server: TestServer) -> None:
+        answer = await server.http.post("/generate", json={"inputs": "hi"}, headers=headers)
+        assert answer.status_code == status
+
+    with_server(test, api_key=KEYS)
+
+
+def test_every_route_but_health_and_metrics_needs_the_key() -> None:
+    async def test(server: TestServer) -> None:
+        for route in ROUTES:
+            for method in route.methods or ():
+                answer = await server.http.request(method, route.path.replace("{", "").replace("}", ""))
+                is_open = method in ("GET", "HEAD") and route.path in (
+                    *("/", "/health", "/health/live", "/health/ready", "/startup", "/ping", "/metrics"),
+                )
+                assert (answer.status_code != 401) is is_open, (method, route.path)
 
     with_server(test, api_key=KEYS)
 

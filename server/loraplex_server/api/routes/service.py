@@ -1,6 +1,5 @@
 """Health, information and metrics: /health, /ping, GET /, /info, /metrics, /docs and the OpenAPI document."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
@@ -9,20 +8,13 @@ from starlette.responses import HTMLResponse, Response
 
 from loraplex_server.api.docs_page import docs_page
 from loraplex_server.api.openapi import openapi_document
+from loraplex_server.api.own_version import own_version
 from loraplex_server.api.state import ApiState
 from loraplex_server.errors import NotReady
 from loraplex_server.metrics import CONTENT_TYPE
 
 # The release of TGI that the routes are true to; clients choose their way of speaking by it.
 TGI_VERSION = "3.3.7"
-
-
-def own_version() -> str | None:
-    """Our own version; None when the package runs without being installed."""
-    try:
-        return version("loraplex")
-    except PackageNotFoundError:
-        return None
 
 
 async def health(request: Request) -> Response:
