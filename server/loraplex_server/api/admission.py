@@ -152,7 +152,7 @@ class Admission:
         if several and not job.samples:
             raise InvalidRequest("you must use sampling when `best_of` is > 1")
         if job.temperature is not None and job.temperature <= 0:
-            raise InvalidRequest("`temperature` must be strictly positive")
+            raise InvalidRequest("`temperature` must be strictly positive, or 0 for the most likely tokens")
         if job.repetition_penalty is not None and job.repetition_penalty <= 0:
             raise InvalidRequest("`repetition_penalty` must be strictly positive")
         if job.frequency_penalty is not None and not -2 <= job.frequency_penalty <= 2:
@@ -160,9 +160,9 @@ class Admission:
         if job.presence_penalty is not None and not -2 <= job.presence_penalty <= 2:
             raise InvalidRequest("`presence_penalty` must be >= -2.0 and <= 2.0")
         if job.top_p is not None and not 0 < job.top_p < 1:
-            raise InvalidRequest("`top_p` must be > 0.0 and < 1.0")
+            raise InvalidRequest("`top_p` must be > 0.0 and <= 1.0")
         if job.typical_p is not None and not 0 < job.typical_p < 1:
-            raise InvalidRequest("`typical_p` must be > 0.0 and < 1.0")
+            raise InvalidRequest("`typical_p` must be > 0.0 and <= 1.0")
         if job.top_k is not None and job.top_k <= 0:
             raise InvalidRequest("`top_k` must be strictly positive")
         if job.min_p is not None and not 0 <= job.min_p <= 1:

@@ -78,6 +78,14 @@ class GenerationJob:
         )
 
 
+class AlternativeToken(msgspec.Struct, frozen=True):
+    """A likely token in another's place, as LoRAX tells it."""
+
+    id: int
+    text: str
+    logprob: float
+
+
 class Token(msgspec.Struct, frozen=True):
     """One generated token; its text is "" while it ends inside a character."""
 
@@ -85,6 +93,7 @@ class Token(msgspec.Struct, frozen=True):
     text: str
     logprob: float
     special: bool
+    alternative_tokens: list[AlternativeToken] | msgspec.UnsetType = msgspec.UNSET
 
 
 class PromptToken(msgspec.Struct, frozen=True):

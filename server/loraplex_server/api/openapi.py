@@ -283,7 +283,6 @@ def _refused(path: str) -> dict[str, Any]:
     """A route that a model which generates text cannot serve."""
     return {
         "summary": "Refused: for embedding and classification models",
-        "requestBody": {"content": {"application/json": {"schema": {"type": "object"}, "example": {"input": "x"}}}},
         "responses": _errors((401, 404, 413), "OpenAIErrorBody" if path.startswith("/v1/") else "ErrorBody"),
         "security": [{"key": []}],
     }

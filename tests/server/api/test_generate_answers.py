@@ -414,3 +414,32 @@ def test_tokenize_gives_ids_texts_and_places() -> None:
         ]
 
     with_server(test)
+
+
+def test_alternatives_are_told_with_each_token_as_in_lorax() -> None:
+    async def test(server: TestServer) -> None:
+        answer = await server.generate("hi", max_new_tokens=2, details=True, return_k_alternatives=1)
+        details = answer.json()["details"]
+        assert [token["alternative_tokens"] for token in details["tokens"]] == [
+            [{"id": ord("h"), "text": "h", "logprob": -0.25}],
+            [{"id": ord("e"), "text": "e", "logprob": -0.25}],
+        ]
+        assert "top_tokens" not in details
+        stream = await server.generate("hi", "/generate_stream", max_new_tokens=1, return_k_alternatives=1)
+        assert '"alternative_tokens":[{"id":104' in stream.text and "top_tokens" not in stream.text
+
+    with_server(test)
+
+
+def test_a_temperature_of_0_takes_the_likeliest_tokens_whatever_shapes_a_draw() -> None:
+    async def test(server: TestServer) -> None:
+        answer = await server.generate(
+            "hi", temperature=0, do_sample=True, top_k=5, top_p=0.5, typical_p=0.5, details=True
+        )
+        assert answer.json()["details"]["seed"] is None
+        sampling = server.engine.requests[0].sampling
+        assert (sampling.do_sample, sampling.top_k, sampling.top_p, sampling.typical_p) == (False, 0, 1.0, 1.0)
+        await server.generate("hi", top_p=1.0, typical_p=1)
+        assert not server.engine.requests[1].sampling.do_sample
+
+    with_server(test)

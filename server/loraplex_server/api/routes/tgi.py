@@ -1,5 +1,6 @@
 """TGI's routes /, /generate and /generate_stream, with LoRAX's adapter fields."""
 
+import dataclasses
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -21,6 +22,7 @@ from loraplex_server.api.schemas.tgi import (
     StreamEvent,
     answer,
     stream_details,
+    with_alternatives,
 )
 from loraplex_server.api.sse import EventStream, event
 from loraplex_server.api.state import ApiState
@@ -77,7 +79,7 @@ async def _stream(request: Request, body: GenerateBody, *, full_text: bool) -> R
     except LoraplexError as error:
         # Not yet a job: refused all the same as one, in the stream.
         return EventStream(_one_event(request, error), {"x-compute-characters": str(len(body.inputs))})
-    events = _events(request, generator, job, prefix=prefix, details=body.wants_details)
+    events = _events(request, generator, job, body, prefix=prefix)
     return EventStream(events, _common_headers(state, job))
 
 
@@ -86,14 +88,15 @@ async def _one_event(request: Request, error: LoraplexError) -> AsyncIterator[by
 
 
 async def _events(
-    request: Request, generator: Generator, job: GenerationJob, *, prefix: str, details: bool
+    request: Request, generator: Generator, job: GenerationJob, body: GenerateBody, *, prefix: str
 ) -> AsyncIterator[bytes]:
     """The stream's bytes; what waits together goes out together."""
     index = 0
     try:
         async with aclosing(generator.stream(job, request.state.request_id)) as deltas:
             async for delta in deltas:
-                yield b"".join(event(one) for one in _stream_events(delta, index, prefix, details))
+                shown = _with_alternatives(delta) if body.wants_alternatives else delta
+                yield b"".join(event(one) for one in _stream_events(shown, index, prefix, body.wants_details))
                 index += len(delta.tokens)
                 _note_for_log(request, job, index)
     except LoraplexError as error:
@@ -103,6 +106,10 @@ async def _events(
         logger.exception("a stream failed")
         request.state.error_type = "internal"
         yield event(INTERNAL_ERROR)
+
+
+def _with_alternatives(delta: TextDelta) -> TextDelta:
+    return dataclasses.replace(delta, tokens=with_alternatives(delta.tokens, delta.top_tokens), top_tokens=[])
 
 
 def _stream_events(delta: TextDelta, index: int, prefix: str, details: bool) -> list[StreamEvent]:

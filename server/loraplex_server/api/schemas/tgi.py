@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraplex_server.adapter_location import parse_source
 from loraplex_server.api.job import (
     AdapterAccess,
+    AlternativeToken,
     Completion,
     FinishedJob,
     FinishedSequence,
@@ -19,6 +20,7 @@ from loraplex_server.api.schemas.structure import format_guide, only_one
 from loraplex_server.errors import InvalidRequest
 
 MAX_ADAPTER_ID_LENGTH = 512
+MAX_ALTERNATIVES = 20
 
 # TGI's number types. What does not fit one is a type error; bounds with a meaning are checked at admission.
 Float32 = Annotated[float, Field(ge=-3.4028235e38, le=3.4028235e38)]
@@ -40,13 +42,15 @@ class GenerateParameters(_Body):
     api_token: str | None = Field(None, description="token for the adapter's source")
     merged_adapters: dict[str, Any] | None = Field(None, description="not supported yet")
     best_of: UInt64 | None = Field(None, description="sequences to draw; the most likely one is the answer")
-    temperature: Float32 | None = Field(None, description="> 0; flattens or sharpens the distribution", examples=[0.7])
+    temperature: Float32 | None = Field(
+        None, description=">= 0; flattens or sharpens the distribution; 0 takes the most likely tokens", examples=[0.7]
+    )
     repetition_penalty: Float32 | None = Field(None, description="> 0; above 1 discourages tokens already seen")
     frequency_penalty: Float32 | None = Field(None, description="-2 to 2; discourages tokens by how often they came")
     presence_penalty: Float32 | None = Field(None, description="-2 to 2; discourages tokens that came at all")
     top_k: Int32 | None = Field(None, description="> 0; draw among the k most likely tokens")
-    top_p: Float32 | None = Field(None, description="> 0 and < 1; draw among the most likely tokens of this mass")
-    typical_p: Float32 | None = Field(None, description="> 0 and < 1; locally typical sampling")
+    top_p: Float32 | None = Field(None, description="> 0 and <= 1; draw among the most likely tokens of this mass")
+    typical_p: Float32 | None = Field(None, description="> 0 and <= 1; locally typical sampling")
     do_sample: bool | None = Field(None, description="draw tokens instead of taking the most likely ones")
     max_new_tokens: UInt32 | None = Field(None, description="> 0; null for as many as fit", examples=[64])
     return_full_text: bool | None = Field(None, description="put the prompt in front of the generated text")
@@ -58,7 +62,8 @@ class GenerateParameters(_Body):
     seed: UInt64 | None = Field(None, description="makes the draw repeatable")
     top_n_tokens: UInt32 | None = Field(None, description="report so many of the likeliest tokens at each place")
     ignore_eos_token: bool | None = Field(None, description="go on after the end token")
-    return_k_alternatives: Int32 | None = Field(None, description="not supported; top_n_tokens does the same")
+    return_k_alternatives: Int32 | None = Field(None, description="1 to 20; LoRAX's form of top_n_tokens: each token "
+                                                "names so many of the likeliest in its place")  # fmt: skip
     grammar: dict[str, Any] | None = Field(None, description="what the text must look like: type json, json_schema or "
                                            "regex, and its value",
                                            examples=[{"type": "regex", "value": "(yes|no)"}])  # fmt: skip
@@ -78,6 +83,8 @@ class GenerateBody(_Body):
             return GenerationJob(prompt=self.inputs, stream=stream, do_sample=True)
         asked = self.parameters
         _refuse_unsupported(asked)
+        # LoRAX's way: 0 takes the most likely tokens, and then what shapes a draw means nothing; 1 is off.
+        is_greedy = asked.temperature == 0
         return GenerationJob(
             prompt=self.inputs,
             adapter_id=asked.adapter_id or None,
@@ -85,11 +92,11 @@ class GenerateBody(_Body):
             stream=stream,
             best_of=asked.best_of,
             max_new_tokens=asked.max_new_tokens,
-            do_sample=bool(asked.do_sample),
-            temperature=asked.temperature,
-            top_k=asked.top_k,
-            top_p=asked.top_p,
-            typical_p=asked.typical_p,
+            do_sample=bool(asked.do_sample) and not is_greedy,
+            temperature=None if is_greedy else asked.temperature,
+            top_k=None if is_greedy else asked.top_k,
+            top_p=None if is_greedy or asked.top_p == 1 else asked.top_p,
+            typical_p=None if is_greedy or asked.typical_p == 1 else asked.typical_p,
             repetition_penalty=asked.repetition_penalty,
             frequency_penalty=asked.frequency_penalty,
             presence_penalty=asked.presence_penalty,
@@ -99,6 +106,7 @@ class GenerateBody(_Body):
             truncate=asked.truncate,
             watermark=bool(asked.watermark),
             top_n_tokens=asked.top_n_tokens,
+            num_top_logprobs=asked.return_k_alternatives or 0,
             prompt_logprobs=bool(asked.decoder_input_details),
             guide=only_one(
                 "`grammar` and `response_format`",
@@ -110,6 +118,11 @@ class GenerateBody(_Body):
     def wants_details(self) -> bool:
         """Whether the answer has a `details` object."""
         return self.parameters is not None and bool(self.parameters.details or self.parameters.decoder_input_details)
+
+    @property
+    def wants_alternatives(self) -> bool:
+        """Whether the likeliest tokens are told with each token, LoRAX's way, and not beside them."""
+        return self.parameters is not None and self.parameters.return_k_alternatives is not None
 
     def wants_full_text(self, *, default: bool = False) -> bool:
         """Whether the prompt stands in front of the generated text; `default` is the route's."""
@@ -135,8 +148,13 @@ def _refuse_unsupported(asked: GenerateParameters) -> None:
         raise InvalidRequest("`merged_adapters` is not supported; name one adapter with `adapter_id`")
     if asked.adapter_source:
         parse_source(asked.adapter_source)
-    if asked.return_k_alternatives:
-        raise InvalidRequest("`return_k_alternatives` is not supported; use `top_n_tokens`")
+    if asked.return_k_alternatives is not None:
+        if not 1 <= asked.return_k_alternatives <= MAX_ALTERNATIVES:
+            raise InvalidRequest(
+                f"`return_k_alternatives` must be from 1 to {MAX_ALTERNATIVES}. Given: {asked.return_k_alternatives}"
+            )
+        if asked.top_n_tokens:
+            raise InvalidRequest("`return_k_alternatives` and `top_n_tokens` must not both be set")
 
 
 class BestOfSequence(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -204,11 +222,21 @@ def answer(body: GenerateBody, finished: FinishedJob, *, full_text: bool) -> Gen
             generated_tokens=end.num_generated_tokens,
             seed=end.seed,
             prefill=end.prompt_tokens,
-            tokens=best.tokens,
+            tokens=with_alternatives(best.tokens, best.top_tokens) if body.wants_alternatives else best.tokens,
             best_of_sequences=[_best_of_sequence(other, prefix) for other in finished.others],
-            top_tokens=best.top_tokens,
+            top_tokens=[] if body.wants_alternatives else best.top_tokens,
         )
     return GenerateAnswer(prefix + best.completion.text, details)
+
+
+def with_alternatives(tokens: list[Token], top_tokens: list[list[Token]]) -> list[Token]:
+    """The tokens, each with the likeliest ones in its place."""
+    return [
+        msgspec.structs.replace(
+            token, alternative_tokens=[AlternativeToken(one.id, one.text, one.logprob) for one in top]
+        )
+        for token, top in zip(tokens, top_tokens, strict=True)
+    ]
 
 
 def _best_of_sequence(sequence: FinishedSequence, prefix: str) -> BestOfSequence:
