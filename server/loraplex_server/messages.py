@@ -50,9 +50,9 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
     num_bytes: int
     source: str = "local"
     revision: str | None = None
-    # What it takes on a device, by `loraplex_models.adapters.pages`: kinds of modules with their highest rank, and the
-    # elements of its full matrices and vectors.
-    rank_rows: tuple[tuple[str, int], ...] = ()
+    # What it takes on a device, by `loraplex_models.adapters.pages`: kinds of linears with a rank and the number of
+    # layers that have it, and the elements of all else.
+    rank_rows: tuple[tuple[str, int, int], ...] = ()
     dense_elements: int = 0
     # Activated LoRA: it acts from the start of this sequence's last occurrence in the prompt, and not without it.
     invocation_token_ids: tuple[int, ...] = ()

@@ -1,6 +1,7 @@
 """How an adapter's tensors fit one base model: each is given its place, or the adapter is refused."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -125,20 +126,19 @@ class Fit:
         return tuple(sorted({name.rpartition(".")[2] for name in names}))
 
     def rank_rows(self) -> tuple[RankRows, ...]:
-        """The highest rank of each kind of module."""
-        ranks: dict[str, int] = {}
-        for name, entry in self._products().items():
-            kind = _kind(name)
-            ranks[kind] = max(entry.rank, ranks.get(kind, 0))
-        return tuple(sorted(ranks.items()))
+        """The ranks of each kind of linear, with the number of layers that have them."""
+        counts = Counter((_kind(name), entry.rank) for name, entry in self.modules.items())
+        return tuple((kind, rank, num_layers) for (kind, rank), num_layers in sorted(counts.items()))
 
     def dense_elements(self) -> int:
-        """Elements of whatever is no row of a product."""
+        """Elements of whatever is no row of a linear's product."""
         products = self._products().values()
         vectors = sum(entry.out_features for entry in products if entry.magnitude_name or entry.b_bias_name)
         biases = sum(prod(self._tensors[name].shape) for name in self.biases.values())
         matrices = [name for end in self.ends.values() for name in (end.weight_name, end.rows_name) if name]
-        return vectors + biases + sum(prod(self._tensors[name].shape) for name in matrices)
+        products_of_ends = (end.product for end in self.ends.values() if end.product is not None)
+        rows = sum(entry.rank * (entry.in_features + entry.out_features) for entry in products_of_ends)
+        return vectors + biases + rows + sum(prod(self._tensors[name].shape) for name in matrices)
 
     def warnings(self, base_model_name: str | None) -> list[str]:
         """What a reader should know of an adapter that is served."""

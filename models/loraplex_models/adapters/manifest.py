@@ -41,7 +41,7 @@ class AdapterManifest:
     embedding: EndEntry | None
     head: EndEntry | None
     invocation_token_ids: tuple[int, ...]  # activated LoRA: it acts from the start of their last occurrence on
-    rank_rows: tuple[RankRows, ...]  # what it takes on a device, for `pages.footprint`
+    rank_rows: tuple[RankRows, ...]  # what it takes on a device, for `num_device_bytes`
     dense_elements: int  # likewise
     digest: str
     layout_digest: str

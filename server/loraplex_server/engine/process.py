@@ -11,7 +11,7 @@ from loraplex_kernels.warm_up import warm_up
 from loraplex_models.adapters.cut import cut_adapter
 from loraplex_models.adapters.finish import check_against_base
 from loraplex_models.adapters.manifest import ManifestError, check_adapter, module_shapes
-from loraplex_models.adapters.pages import footprint, page_bytes
+from loraplex_models.adapters.pages import num_device_bytes
 from loraplex_models.adapters.weights import AdapterWeights, load_adapter_weights
 from loraplex_models.checkpoint import CheckpointError
 from loraplex_models.config import ModelConfig, ModelConfigError, read_config
@@ -113,10 +113,8 @@ def build_worker(
 
 def _device_bytes_of(config: ModelConfig, itemsize: int) -> Callable[[AdapterSpec], int]:
     """What an adapter takes on the device: its own ranks, in whole pages."""
-    sizes = page_bytes(module_shapes(config), config.num_layers, itemsize)
-    ends = {"embed_tokens": (config.vocab_size, config.hidden_size), "lm_head": (config.hidden_size, config.vocab_size)}
-    sizes |= page_bytes(ends, 1, itemsize)
-    return lambda spec: footprint(spec.rank_rows, spec.dense_elements, sizes, itemsize).num_bytes
+    shapes = module_shapes(config)
+    return lambda spec: num_device_bytes(spec.rank_rows, spec.dense_elements, shapes, itemsize)
 
 
 def resolve_device(name: str) -> str:
