@@ -88,7 +88,7 @@ def make_peft_adapter(
         task_type="CAUSAL_LM",
         **overrides,
     )
-    with torch.random.fork_rng(), _peft_warnings_ignored():
+    with torch.random.fork_rng(), peft_warnings_ignored():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
         with torch.no_grad():
@@ -109,7 +109,7 @@ def make_peft_adapter(
 
 def load_peft(folder: str | Path, model: PreTrainedModel) -> PeftModel:
     """Wrap `model` in the adapter of `folder`, in eval mode; `unload_peft` gives the plain model back."""
-    with _peft_warnings_ignored():
+    with peft_warnings_ignored():
         return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
@@ -121,7 +121,8 @@ def unload_peft(adapted: PeftModel) -> PreTrainedModel:
 
 
 @contextmanager
-def _peft_warnings_ignored() -> Iterator[None]:
+def peft_warnings_ignored() -> Iterator[None]:
+    """Let peft use what transformers has marked as on its way out."""
     # peft 0.21 asks transformers 5.23 for attributes that are on their way out.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -215,6 +215,21 @@ adapters.add_command(
 )
 
 
+@adapters.command("convert")
+@click.argument("folder")
+@click.argument("new_folder")
+def convert(folder: str, new_folder: str) -> None:
+    """Write an AdaLoRA or MLX adapter, or one with pickled weights, to NEW_FOLDER as PEFT LoRA."""
+    # Brings torch, which nothing else on the command line needs.
+    from loraplex_models.adapters.convert import convert_adapter
+    from loraplex_models.adapters.manifest import ManifestError
+
+    try:
+        click.echo(convert_adapter(folder, new_folder))
+    except ManifestError as error:
+        raise LaunchError(f"adapter '{folder}': {error}") from None
+
+
 def _usage_message(error: click.UsageError) -> str:
     """One line: what is wrong, where it came from, and the nearest real name."""
     context = error.ctx

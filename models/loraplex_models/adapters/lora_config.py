@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from loraplex_models.adapters.lora_features import CONFIG_FILE as CONFIG_FILE
 from loraplex_models.adapters.lora_features import LoraFeatures, flag, parse_features, refuse
-from loraplex_models.adapters.refusal import ManifestError, shown, shown_names
+from loraplex_models.adapters.refusal import CONVERT_COMMAND, ManifestError, shown, shown_names
 
 DEFAULT_RANK = 8  # PEFT's defaults, for files that leave the fields out
 DEFAULT_ALPHA = 8
@@ -50,9 +50,10 @@ PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica", "lora
 CHANGED_BASE_INIT = re.compile(r"(?:pissa(?:_niter_\d+)?|olora|corda|loftq)")
 
 CONVERTIBLE_METHODS = frozenset((
-    "ADALORA", "VERA", "PVERA", "MISS", "BONE", "LOHA", "LOKR", "RANDLORA", "C3A", "FOURIERFT", "WAVEFT", "DELORA",
+    "VERA", "PVERA", "MISS", "BONE", "LOHA", "LOKR", "RANDLORA", "C3A", "FOURIERFT", "WAVEFT", "DELORA",
     "GRALORA", "VBLORA", "UNILORA", "TINYLORA", "PSOFT",
 ))  # fmt: skip
+TRAINABLE_TOKENS_FIELDS = frozenset(("peft_type", "target_modules", "token_indices", "init_weights"))
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION", "QUESTION_ANS")
 
 
@@ -157,11 +158,22 @@ def _check_method(raw: dict[str, Any], tensor_names: Iterable[str]) -> list[str]
         refuse("peft_type", method, "it must be the name of a method")
     if method.upper() == "LORA":
         return []
-    if method.upper() in CONVERTIBLE_METHODS:
-        fix = "only LORA is served; convert the adapter to LoRA first (peft.convert_to_lora where PEFT can)"
+    if method.upper() == "ADALORA":
+        fix = f"only LORA is served; convert it with `{CONVERT_COMMAND}`"
+    elif method.upper() in CONVERTIBLE_METHODS:
+        fix = "only LORA is served; convert it: peft.save_as_lora(NEW_FOLDER, PeftModel.from_pretrained(…), rank=…)"
     else:
         fix = "only LORA is served, and this method cannot be turned into it"
     refuse("peft_type", method, fix, "adapter_unsupported")
+
+
+def _as_lora(raw: dict[str, Any], tensor_names: Iterable[str]) -> dict[str, Any]:
+    """PEFT's method of trained token rows alone, said in the fields of LoRA: its ids are those of every rows tensor."""
+    if str(raw.get("peft_type")).upper() != "TRAINABLE_TOKENS":
+        return raw
+    modules = [name.partition(".trainable_tokens_delta")[0] for name in tensor_names if "trainable_tokens_" in name]
+    others = {name: value for name, value in raw.items() if name not in TRAINABLE_TOKENS_FIELDS}
+    return others | {"peft_type": "LORA", "trainable_token_indices": dict.fromkeys(modules, raw.get("token_indices"))}
 
 
 def _check_task(raw: dict[str, Any]) -> None:
@@ -220,7 +232,7 @@ def parse_lora_config(content: bytes, tensor_names: Iterable[str]) -> LoraConfig
 
     Raises ManifestError for broken fields (adapter_invalid) and for features that are not served.
     """
-    raw = _parse_json(content)
+    raw = _as_lora(_parse_json(content), tensor_names)
     warnings = _check_method(raw, tensor_names)
     _check_task(raw)
     _check_init(raw)

@@ -14,8 +14,8 @@ from loraplex_models.adapters.fit import Fit
 from loraplex_models.adapters.fit import ModuleEntry as ModuleEntry
 from loraplex_models.adapters.lora_config import CONFIG_FILE, parse_lora_config
 from loraplex_models.adapters.pages import RankRows
+from loraplex_models.adapters.refusal import CONVERT_COMMAND, shown
 from loraplex_models.adapters.refusal import ManifestError as ManifestError
-from loraplex_models.adapters.refusal import shown
 from loraplex_models.adapters.tensor_header import TensorEntry, read_tensor_header
 from loraplex_models.adapters.tensor_names import sort_names
 from loraplex_models.config import ModelConfig
@@ -97,15 +97,16 @@ def _missing_weights(names: list[str]) -> ManifestError:
     if any(name in names for name in ("adapter_model.bin", "adapter_model.pt")):
         return ManifestError(
             f"only pickled weights (adapter_model.bin), no {WEIGHTS_FILE}: pickles can run code and are not opened;"
-            " load the adapter with PEFT and save it again (safe_serialization is the default)",
+            f" convert it with `{CONVERT_COMMAND}`",
             "adapter_unsupported",
         )
     for name in names:
         if name == "adapters.safetensors" or name.endswith((".gguf", ".nemo")):
-            kind = {"gguf": "a llama.cpp", "nemo": "a NeMo"}.get(name.rpartition(".")[2], "an MLX")
-            return ManifestError(
-                f"{shown(name)} is {kind} adapter: convert it to the PEFT format", "adapter_unsupported"
-            )
+            kind, fix = {
+                "gguf": ("a llama.cpp", "serve the PEFT adapter that it was made from"),
+                "nemo": ("a NeMo", "export it in the PEFT format with NeMo's script"),
+            }.get(name.rpartition(".")[2], ("an MLX", f"convert it with `{CONVERT_COMMAND}`"))
+            return ManifestError(f"{shown(name)} is {kind} adapter: {fix}", "adapter_unsupported")
     return ManifestError(
         f"no {WEIGHTS_FILE} beside {CONFIG_FILE} (pickled weights are neither fetched nor opened):"
         " load the adapter with PEFT and save it again"

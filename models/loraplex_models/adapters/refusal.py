@@ -5,6 +5,8 @@ from typing import Any, Literal
 RefusalType = Literal["adapter_invalid", "adapter_incompatible", "adapter_unsupported", "adapter_too_large"]
 
 MAX_SHOWN_CHARACTERS = 120
+# What a person can run; see `convert_adapter`.
+CONVERT_COMMAND = "loraplex adapters convert FOLDER NEW_FOLDER"
 
 
 class ManifestError(Exception):

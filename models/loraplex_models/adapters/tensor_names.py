@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from loraplex_models.adapters.refusal import ManifestError, shown, shown_names
+from loraplex_models.adapters.refusal import CONVERT_COMMAND, ManifestError, shown, shown_names
 
 # Wrappers of training libraries leave a segment of their own anywhere in the path.
 WRAPPER_SEGMENTS = frozenset(("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
@@ -20,7 +20,7 @@ ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
     ("B", re.compile(rf"(?P<path>.+)\.lora_embedding_B{_NAME}")),
     ("B bias", re.compile(rf"(?P<path>.+)\.lora_B{_NAME}\.bias")),
     ("magnitude", re.compile(r"(?P<path>.+)\.lora_magnitude_vector(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?")),
-    ("rows", re.compile(rf"(?P<path>.+)\.token_adapter\.trainable_tokens_delta{_NAME}")),
+    ("rows", re.compile(rf"(?P<path>.+?)(?:\.token_adapter)?\.trainable_tokens_delta{_NAME}")),
     ("full copy", re.compile(rf"(?P<path>.+)\.modules_to_save{_NAME}\.weight")),
     ("base copy", re.compile(r"(?P<path>.+)\.base_layer\.(?P<adapter>)weight")),
     ("full copy", re.compile(r"(?P<path>.+)\.(?P<adapter>)weight")),
@@ -38,13 +38,13 @@ CANONICAL_PREFIX = "model."
 
 # Tensors of features that are not served: a pattern found in the name, and what to say.
 UNSERVED_TENSORS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"lora_E|ranknum"), "AdaLoRA is not served: convert the adapter to LoRA first"),
+    (re.compile(r"lora_E|ranknum"), f"AdaLoRA is not served: convert it with `{CONVERT_COMMAND}`"),
     (re.compile(r"lora_diag"), "KaSA is not served"),
     (re.compile(r"\.experts\."), "LoRA on experts is not served"),
     (re.compile(r"^lora_(unet|te\d?)_"), "this is an adapter of an image model"),
     (re.compile(r"adapter\.linear_(in|out)|linear_qkv"), "this is a NeMo adapter: export it in the PEFT format"),
     (re.compile(r"\.attn\.[a-z_]+\.lora_[ab]\."), "this is a torchtune checkpoint: export it in the PEFT format"),
-    (re.compile(r"\.lora_[ab]$"), "this is an MLX adapter: convert it to the PEFT format"),
+    (re.compile(r"\.lora_[ab]$"), f"this is an MLX adapter: convert it with `{CONVERT_COMMAND}`"),
     (re.compile(r"modules_to_save|(^|\.)(score|classifier)\.weight$"),
      "full copies are served of embed_tokens and lm_head only: train without modules_to_save"),
     (re.compile(r"trainable_tokens_(delta|original)"), "token rows are served of embed_tokens and lm_head only"),

@@ -45,6 +45,43 @@ def test_a_pure_renaming_gives_the_same_modules(form: str, tmp_path: Path) -> No
         assert name.split(".")[-1] in entry.a_name
 
 
+PARTS = {
+    "model.layers.0.self_attn.q_proj.lora_magnitude_vector": (32,),
+    "model.layers.0.mlp.down_proj.lora_magnitude_vector": (32,),
+    "model.layers.1.self_attn.q_proj.lora_magnitude_vector": (32,),
+    "model.layers.1.mlp.down_proj.lora_magnitude_vector": (32,),
+    "lm_head.weight": (100, 32),
+    "model.embed_tokens.token_adapter.trainable_tokens_delta": (2, 32),
+}
+RAW_FORMS = {
+    "raw state": {
+        ".lora_magnitude_vector": ".lora_magnitude_vector.default.weight",
+        "lm_head.weight": "lm_head.modules_to_save.default.weight",
+        "trainable_tokens_delta": "trainable_tokens_delta.default",
+    },
+    "older": {".lora_magnitude_vector": ".lora_magnitude_vector.weight"},
+    "inner model": {"model.embed_tokens": "embed_tokens", "model.layers": "layers"},
+    "vlm": {"model.embed_tokens": "model.language_model.embed_tokens", "model.layers": "model.language_model.layers"},
+    "fsdp": {"lm_head.": "_fsdp_wrapped_module.lm_head."},
+}
+
+
+@pytest.mark.parametrize("form", RAW_FORMS)
+def test_parts_beside_a_and_b_have_the_same_forms(form: str, tmp_path: Path) -> None:
+    config = config_fields(use_dora=True, modules_to_save=["lm_head"], trainable_token_indices=[4, 9])
+    plain = lora_tensors() | {f"base_model.model.{name}": torch.ones(shape) for name, shape in PARTS.items()}
+    other = plain | {"base_model.model.lm_head.original_module.weight": torch.ones(100, 32)}
+    for old, new in RAW_FORMS[form].items():
+        other = {name.replace(old, new): tensor for name, tensor in other.items()}
+    first = check(write_adapter(tmp_path / "plain", config, plain))
+    second = check(write_adapter(tmp_path / "other", config, other))
+    assert first.modules.keys() == second.modules.keys()
+    assert all(entry.magnitude_name for entry in second.modules.values())
+    assert second.head is not None and second.head.weight_name is not None
+    assert second.embedding is not None and second.embedding.row_ids == (4, 9)
+    assert second.dense_elements == first.dense_elements == 4 * 32 + 100 * 32 + 2 * 32
+
+
 def test_patterns_match_the_name_below_peft_prefix_without_wrappers(tmp_path: Path) -> None:
     config = config_fields(alpha_pattern={r"^model\.layers\.0\.self_attn\.q_proj": 2})
     compiled = check(write_adapter(tmp_path / "a", config, renamed(PREFIX, "base_model.model._orig_mod.model.")))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from paged_model import PagedModel
-from tiny_models import load_peft, make_peft_adapter, make_tiny_llama
+from peft import LoraConfig, TrainableTokensConfig, get_peft_model
+from tiny_models import load_peft, make_peft_adapter, make_tiny_llama, peft_warnings_ignored
 from transformers import PreTrainedModel
 
 from loraplex_models.adapters.finish import check_against_base
@@ -81,6 +82,10 @@ FEATURES = {
     "BD-LoRA": Feature({"use_bdlora": BLOCKS}),
     "aLoRA": Feature({"alora_invocation_tokens": [401, 402]}),
     "aLoRA with lora_bias": Feature({"alora_invocation_tokens": [5], "lora_bias": True}, targets=("k_proj", "lm_head")),
+    "PiSSA, converted": Feature({"init_lora_weights": "pissa"}),
+    "OLoRA, converted": Feature({"init_lora_weights": "olora"}),
+    "peft type TRAINABLE_TOKENS": Feature({"token_indices": [7, 300, 12]}),
+    "peft type TRAINABLE_TOKENS, tied base": Feature({"token_indices": [300, 7, 12]}, base="tied"),
     "q only, rank 1": Feature({"r": 1, "lora_alpha": 1}, targets=("q_proj",)),
     "rank 64": Feature({"r": 64}),
 }
@@ -95,8 +100,43 @@ class World:
     folders: dict[str, Path]
 
 
+def make_token_rows(folder: Path, model: PreTrainedModel, token_ids: list[int]) -> Path:
+    with peft_warnings_ignored(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = TrainableTokensConfig(token_indices=token_ids, task_type="CAUSAL_LM")
+        adapted = get_peft_model(copy.deepcopy(model), config)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "trainable_tokens_delta" in name:
+                    parameter.normal_(std=0.2)
+        adapted.save_pretrained(str(folder))
+    return folder
+
+
+def make_converted(folder: Path, model: PreTrainedModel, init: str) -> Path:
+    """Train on a base that the initialisation has changed, and let peft save what does the same on the plain base."""
+    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=init, target_modules=["q_proj", "down_proj"])
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")  # peft advises to convert, which is what happens here
+        torch.manual_seed(1)
+        adapted = get_peft_model(copy.deepcopy(model), config)
+        adapted.peft_config["default"].init_lora_weights = True
+        adapted.save_pretrained(str(folder / "init"))
+        adapted.peft_config["default"].init_lora_weights = init
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        adapted.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(folder / "init"))
+    return folder
+
+
 def make_adapter(folder: Path, model: PreTrainedModel, feature: Feature) -> Path:
     fields = dict(feature.fields)
+    if init := fields.get("init_lora_weights"):
+        return make_converted(folder, model, init)
+    if ids := fields.get("token_indices"):
+        return make_token_rows(folder, model, ids)
     rank, alpha = fields.pop("r", 4), fields.pop("lora_alpha", 8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of what these adapters are about: embeddings that it saves too
