@@ -99,6 +99,7 @@ def _resolve_adapters(
                 source.path,
                 config,
                 max_rank=settings.serve.engine.adapters.max_lora_rank,
+                max_bytes=settings.serve.adapter_sources.max_adapter_mb * 2**20,
                 base_model_name=launch.served_model_name or launch.model_id,
             )
         except (SourceError, ManifestError) as error:

@@ -136,7 +136,11 @@ class AdapterIntake:
         """The spec of a folder's adapter. Raises AdapterRefused with the finding."""
         try:
             manifest = check_adapter(
-                folder, self._model_config(), max_rank=self._max_rank, base_model_name=self._base_model_name
+                folder,
+                self._model_config(),
+                max_rank=self._max_rank,
+                max_bytes=self._config.max_adapter_mb * MIB,
+                base_model_name=self._base_model_name,
             )
             check_finite(folder, lambda: self._keep_going(name, deadline))
         except ManifestError as error:

@@ -159,6 +159,15 @@ def test_a_rank_above_the_limit_is_too_large_and_says_what_it_needs(tmp_path: Pa
     assert check(folder, max_rank=65).rank == 65
 
 
+def test_bytes_above_the_limit_are_too_large_and_say_what_they_need(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path, config_fields(r=512), lora_tensors(rank=512))
+    kind, message = refusal(folder, max_bytes=2**19)
+    assert kind == "adapter_too_large"
+    assert f"{check(folder).num_bytes:,} bytes" in message
+    assert "--max-adapter-mb 1" in message
+    assert check(folder, max_bytes=2**20).rank == 512
+
+
 # Features that are not served
 
 UNSERVED = {
