@@ -45,7 +45,7 @@ class Run:
 
 
 @dataclass(slots=True)
-class _Stream:
+class Stream:
     """The raw events of one request."""
 
     sent_at: float
@@ -58,14 +58,14 @@ def run_closed(
 ) -> Run:
     """Keep `concurrency` requests in flight until all are answered."""
 
-    async def run() -> list[_Stream]:
+    async def run() -> list[Stream]:
         waiting = list(enumerate(requests))[::-1]
-        streams: list[_Stream] = [_Stream(0.0)] * len(requests)
+        streams: list[Stream] = [Stream(0.0)] * len(requests)
 
         async def one_after_another() -> None:
             while waiting:
                 index, request = waiting.pop()
-                streams[index] = await _ask(host, port, dialect.path, dialect.body(request, num_tokens))
+                streams[index] = await ask(host, port, dialect.path, dialect.body(request, num_tokens))
 
         await asyncio.gather(*(one_after_another() for _ in range(concurrency)))
         return streams
@@ -79,12 +79,12 @@ def run_open(
     """Send requests at random times, `rate` a second on average (Poisson), whatever is still in flight."""
     chance = random.Random(seed)
 
-    async def run() -> list[_Stream]:
+    async def run() -> list[Stream]:
         tasks = []
         due = time.perf_counter()
         for request in requests:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            tasks.append(asyncio.create_task(_ask(host, port, dialect.path, dialect.body(request, num_tokens))))
+            tasks.append(asyncio.create_task(ask(host, port, dialect.path, dialect.body(request, num_tokens))))
             due += chance.expovariate(rate)
         return await asyncio.gather(*tasks)
 
@@ -98,14 +98,14 @@ def _timed(run: Callable[[], Any], dialect: Dialect) -> Run:
     return Run([_read(stream, dialect) for stream in streams], duration_s)
 
 
-async def _ask(host: str, port: int, path: str, body: dict[str, Any]) -> _Stream:
+async def ask(host: str, port: int, path: str, body: dict[str, Any]) -> Stream:
     """Send one request and note each event of its answer with its time."""
     payload = json.dumps(body).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
         f"Accept: text/event-stream\r\nContent-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
     ).encode()
-    stream = _Stream(time.perf_counter())
+    stream = Stream(time.perf_counter())
     try:
         async with asyncio.timeout(REQUEST_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(host, port)
@@ -119,7 +119,7 @@ async def _ask(host: str, port: int, path: str, body: dict[str, Any]) -> _Stream
     return stream
 
 
-async def _collect(reader: asyncio.StreamReader, stream: _Stream) -> None:
+async def _collect(reader: asyncio.StreamReader, stream: Stream) -> None:
     header = await reader.readuntil(b"\r\n\r\n")
     status = header.split(b" ", 2)[1]
     is_chunked = b"transfer-encoding: chunked" in header.lower()
@@ -137,7 +137,7 @@ async def _read_chunk(reader: asyncio.StreamReader) -> bytes:
     return (await reader.readexactly(size + 2))[:-2]
 
 
-def _read(stream: _Stream, dialect: Dialect) -> Answer:
+def _read(stream: Stream, dialect: Dialect) -> Answer:
     times: list[float] = []
     count: int | None = None
     error = stream.error

@@ -21,7 +21,7 @@ def table(runs: dict[str, list[Run]]) -> str:
     """One line a load: latencies over all its rounds, speeds as the median of the rounds."""
     head = ["load", "tok/s", "decode tok/s", "TTFT ms p50", "p99", "between tokens ms p50", "p99", "tokens", "failed"]
     lines = [[name, *_figures(rounds)] for name, rounds in runs.items()]
-    return _aligned([head, *lines])
+    return aligned([head, *lines])
 
 
 def ratios(runs: dict[str, list[Run]], wanted: list[Ratio]) -> str:
@@ -43,7 +43,7 @@ def ratios(runs: dict[str, list[Run]], wanted: list[Ratio]) -> str:
                 f">= {ratio.wanted:g}" if ratio.wanted else "",
             ]
         )
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def errors(runs: dict[str, list[Run]]) -> str:
@@ -101,7 +101,8 @@ def _milliseconds(seconds: list[float], percent: int) -> str:
     return f"{ordered[min(len(ordered) * percent // 100, len(ordered) - 1)] * 1000:.1f}"
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def aligned(lines: list[list[str]]) -> str:
+    """Columns side by side."""
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     rule = ["-" * width for width in widths]
     return "\n".join(

@@ -45,5 +45,10 @@ def _choose(adapters: list[str | None], distribution: str, count: int, chance: r
         case "uniform":
             return chance.choices(adapters, k=count)
         case "skewed":
-            return chance.choices(adapters, weights=[1 / (rank + 1) for rank in range(len(adapters))], k=count)
+            return chance.choices(adapters, weights=zipf_weights(len(adapters)), k=count)
     raise ValueError(f"no such distribution: {distribution}")
+
+
+def zipf_weights(count: int) -> list[float]:
+    """How often each of `count` is chosen, relative to the first: exponent 1."""
+    return [1 / (rank + 1) for rank in range(count)]
