@@ -248,7 +248,7 @@ def _measure(world: World, options: argparse.Namespace) -> int:
     base = _percentile(next(iter(outcomes.values())).resident_ttft_s, 0.99)
     for name, outcome in outcomes.items():
         ratio = _percentile(outcome.resident_ttft_s, 0.99) / base
-        print(f"{name}: p99 TTFT of resident adapters {ratio:.2f} × that of {options.device_adapters} adapters")
+        print(f"{name}: p99 TTFT of resident adapters {ratio:.2f} times that of {options.device_adapters} adapters")
         for problem in (outcome.wrong + outcome.failed)[:5]:
             print(f"  {problem}")
     longest = max(max(outcome.ttft_s, default=0.0) for outcome in outcomes.values())

@@ -50,22 +50,24 @@ class EngineBench:
         self.specs = {name: checked_spec(name, folder, model_folder) for name, folder in adapters.items()}
         self.start()
 
-    def start(self, *, max_resident_adapters: int = 8, **settings: Any) -> None:
+    def start(self, **settings: Any) -> None:
         """Begin with a fresh engine over the same weights."""
-        config, limits = self.settle(max_resident_adapters=max_resident_adapters, **settings)
+        config, limits = self.settle(**settings)
         self.engine: Engine = build_engine(config, self.model, limits)
         for spec in self.specs.values():
             self.engine.load_adapter(spec)
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.stats: EngineStats | None = None
 
-    def settle(self, *, max_resident_adapters: int = 8, **settings: Any) -> tuple[EngineConfig, Limits]:
-        """The config of an engine, and its limits."""
+    def settle(
+        self, *, max_resident_adapters: int = 8, host_memory: int = 2**30, **settings: Any
+    ) -> tuple[EngineConfig, Limits]:
+        """The config of an engine, and its limits; `host_memory`: bytes for adapters."""
         config = EngineConfig(
             model_path=str(self._folder),
             dtype=self._dtype,
             device="cpu",
-            adapters=AdapterConfig(max_resident_adapters=max_resident_adapters),
+            adapters=AdapterConfig(max_resident_adapters=max_resident_adapters, adapter_host_memory=str(host_memory)),
         )
         config = replace(config, **({"num_kv_blocks": 64} | settings))
         return config, settle_limits(config, self.model.config, self.model.kv_bytes_per_block(config.block_size))

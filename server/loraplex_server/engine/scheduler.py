@@ -67,7 +67,9 @@ class Scheduler:
         self._row_ends: list[int] = []
         self._step_id = 0
         self._no_room: str | None = None  # the adapter that pressed in the last step and found no room
-        self._giving_way: str | None = None  # the adapter whose place an overdue one is to take
+        # The adapter whose place an overdue one is to take, and the turn of that one: later ones are held back.
+        self._giving_way: str | None = None
+        self._overdue_turn: Turn = (0, 0.0, 0)
         self.waiting = FairQueue()
         self.running: list[Sequence] = []  # by order of arrival
         self.num_preemptions = 0
@@ -185,7 +187,7 @@ class Scheduler:
             (self._turn_of(s, now), s) for s in half_read if s.status is Status.RUNNING
         ]
         if may_start and self._free_rows and self.waiting:
-            turns += [(self._turn_of(lane, now), lane) for lane in self.waiting.lanes() if self._may_start(lane)]
+            turns += [(self._turn_of(lane, now), lane) for lane in self.waiting.lanes() if self._may_start(lane, now)]
         heapify(turns)
         while turns and budget:
             turn, item = heappop(turns)
@@ -227,12 +229,13 @@ class Scheduler:
         is_overdue = self.waiting.passed_over_s(item, now) >= self._starvation_bound_s
         return (0 if is_overdue else 1, served, item.head.order)
 
-    def _may_start(self, lane: Lane) -> bool:
-        """Whether the lane's adapter is there and no overdue one needs its place."""
-        if lane.digest is None or self._giving_way is None:
-            return self._is_ready(lane.digest)
-        is_in_use = self._adapters.is_pinned(lane.digest) and lane.digest != self._giving_way
-        return is_in_use and self._is_ready(lane.digest)
+    def _may_start(self, lane: Lane, now: float) -> bool:
+        """Whether the lane's adapter is there, and no overdue one whose turn is earlier needs its place."""
+        if not self._is_ready(lane.digest):
+            return False
+        if lane.digest is None or self._giving_way is None or self._turn_of(lane, now) < self._overdue_turn:
+            return True
+        return self._adapters.is_pinned(lane.digest) and lane.digest != self._giving_way
 
     def _is_ready(self, digest: str | None) -> bool:
         return digest is None or self._adapters.is_ready(digest)
@@ -261,6 +264,7 @@ class Scheduler:
                 for sequence in reversed(victims):
                     self._preempt(sequence)
             if victims or self._giving_way is not None:
+                self._overdue_turn = self._turn_of(lane, now)
                 return
 
     def _victims_for(self, lane: Lane, now: float) -> Sequences[Sequence]:

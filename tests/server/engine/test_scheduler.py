@@ -31,10 +31,11 @@ class Bench:
         max_batch_size: int = 4,
         budget: int = 8,
         num_slots: int = 2,
+        num_in_host: int = 3,
         starvation_bound_s: float = 50.0,
     ):
         self.blocks = BlockManager(num_blocks, SIZE)
-        self.adapters = AdapterManager(num_slots, host_budget_bytes=10**9, device_budget_bytes=10**9)
+        self.adapters = AdapterManager(num_slots, host_budget_bytes=num_in_host, device_budget_bytes=10**9)
         self.now = 0.0  # a step takes a second
         for digest in "abc":
             self.adapters.register(AdapterSpec(adapter_id=digest, digest=digest, path="", rank=1, num_bytes=1))
@@ -254,6 +255,8 @@ def test_any_mix_gives_each_sequence_its_own_answer_and_everything_back(data):
         max_batch_size=data.draw(st.integers(1, 5)),
         budget=data.draw(st.integers(1, 20)),
         num_slots=data.draw(st.integers(1, 3)),
+        num_in_host=data.draw(st.integers(1, 3)),
+        starvation_bound_s=data.draw(st.sampled_from([0.0, 2.0, 10.0, 1000.0])),
     )
     live: list[tuple[Sequence, list[int], str | None, int]] = []
     for _ in range(data.draw(st.integers(1, 10))):
