@@ -20,6 +20,7 @@ class Repository:
     revisions: tuple[str, ...] = ("main",)
     gated: bool = False
     token: str | None = None  # needed to read it, when set
+    lfs: bool = False  # its files are named by their sha256
     private: bool = False  # as the hub does, it is hidden from whoever has not that token
 
     @property
@@ -37,7 +38,9 @@ class Hub:
     status: int | None = None  # answered to everything, when set
     cut_downloads_at: int | None = None  # bytes of an answer after which the connection is closed, when set
     piece_pause_s: float = 0.0  # between pieces of 1 kB
+    damage_downloads: bool = False
     requests: list[str] = field(default_factory=list)
+    resumed_at: list[int] = field(default_factory=list)  # where downloads went on
 
     def downloaded(self) -> set[str]:
         """The names of the files whose bytes were asked for."""
@@ -142,16 +145,19 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return
             status, start = 200, 0
             headers = {
-                "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+                "ETag": f'"{(hashlib.sha256 if repository.lfs else hashlib.sha1)(content).hexdigest()}"',
                 "X-Repo-Commit": repository.commit,
                 "Accept-Ranges": "bytes",
             }
             if "Range" in self.headers:
                 status, start = 206, int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
+                hub.resumed_at.append(start)
                 headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             headers["Content-Length"] = str(len(content) - start)
+            if self.command == "GET" and hub.damage_downloads:
+                content = bytes(len(content))
             if self.command == "GET" and hub.cut_downloads_at is not None:
-                content = content[: hub.cut_downloads_at]
+                content = content[: start + hub.cut_downloads_at]
                 self.close_connection = True
             self._answer(status, content[start:], headers)
 

@@ -22,7 +22,7 @@ from loraplex.flags import Settings
 from loraplex.foreign_flags import spread_lora_modules
 from loraplex.launch_error import LaunchError
 from loraplex.plan import check_served, make_plan
-from loraplex.resolve import check_address, resolve
+from loraplex.resolve import check_address, hub_access, resolve
 from loraplex.supervisor import Supervisor
 from loraplex_server import log
 from loraplex_server.machine import look_at_machine
@@ -192,22 +192,17 @@ def adapters() -> None:
 
 
 def _check(path: str, **_: Any) -> int:
-    """Check an adapter in folder PATH against a base model, without loading it."""
-    from loraplex_models.adapters.manifest import ManifestError, check_adapter
+    """Say whether the adapter PATH (a folder or a hub id) can be served on --model-id, and why not or what it is."""
+    from loraplex.adapter_check import check  # brings the reading of adapters, which no other command needs so early
 
     context = click.get_current_context()
     context.params.pop("path")
     settings = flags.settings_from(context)
     check_served(settings)
-    facts = resolve(settings)
-    try:
-        manifest = check_adapter(Path(path), facts.config, max_rank=settings.serve.engine.adapters.max_lora_rank)
-    except ManifestError as error:
-        raise LaunchError(f"adapter '{path}': {error}") from None
-    for warning in manifest.warnings:
-        click.echo(f"warning: {warning}", err=True)
-    click.echo(f"fits {facts.model_id}: rank {manifest.rank}, {manifest.num_bytes} bytes, digest {manifest.digest}")
-    return 0
+    fits, lines = check(path, settings, hub_access(settings.launch))
+    for line in lines:
+        click.echo(line)
+    return 0 if fits else 1
 
 
 adapters.add_command(

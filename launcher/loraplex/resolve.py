@@ -46,7 +46,7 @@ def resolve(settings: Settings, *, progress: bool = False) -> CheckpointFacts:
     launch = settings.launch
     wanted = launch.weights_cache_override or launch.model_id or ""
     try:
-        source = resolve_model(wanted, launch.revision, **_hub_access(launch), progress=progress)
+        source = resolve_model(wanted, launch.revision, **hub_access(launch), progress=progress)
         config = read_config(source.path)
     except (SourceError, ModelConfigError) as error:
         raise LaunchError(f"model '{wanted}': {error}") from None
@@ -68,7 +68,8 @@ def resolve(settings: Settings, *, progress: bool = False) -> CheckpointFacts:
     )
 
 
-def _hub_access(launch: LaunchConfig) -> dict[str, Any]:
+def hub_access(launch: LaunchConfig) -> dict[str, Any]:
+    """How the hub is reached, as the functions of `sources` take it."""
     return {
         "cache_dir": launch.huggingface_hub_cache,
         "token": launch.hub_token,
@@ -94,9 +95,10 @@ def _resolve_adapters(
     refused: list[str] = []
     for item in items:
         try:
-            source = resolve_adapter(item, **_hub_access(launch), progress=progress)
+            source = resolve_adapter(item, **hub_access(launch), progress=progress)
+            folder = _without_pickles(settings, source.path)
             manifest = check_adapter(
-                source.path,
+                folder,
                 config,
                 max_rank=settings.serve.engine.adapters.max_lora_rank,
                 max_bytes=settings.serve.adapter_sources.max_adapter_mb * 2**20,
@@ -105,8 +107,24 @@ def _resolve_adapters(
         except (SourceError, ManifestError) as error:
             refused.append(f"adapter '{item.adapter_id}': {error}")
             continue
-        spec = adapter_spec(item.adapter_id, source.path, manifest, source=source.source, revision=source.revision)
+        spec = adapter_spec(item.adapter_id, folder, manifest, source=source.source, revision=source.revision)
         adapters.append((spec, manifest.warnings))
     if refused:
         raise LaunchError("; ".join(refused))
     return adapters
+
+
+def _without_pickles(settings: Settings, folder: str) -> str:
+    """The adapter's folder, or where it lies converted if the operator trusts its pickle. Raises ManifestError."""
+    from loraplex_server.adapter_store import MIB, AdapterStore  # as above
+    from loraplex_server.pickled_adapters import is_pickled, unpickled
+
+    sources = settings.serve.adapter_sources
+    if not (sources.trust_pickle_adapters and is_pickled(Path(folder))):
+        return folder
+    store = AdapterStore(Path(sources.adapter_cache), sources.adapter_cache_mb * MIB)
+    try:
+        store.prepare()
+        return str(unpickled(Path(folder), store, sources.adapter_fetch_timeout))
+    except OSError as error:
+        raise LaunchError(f"{sources.adapter_cache}: {error.strerror}; choose another --adapter-cache") from None

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from loraplex_models.sources import ADAPTER_FILES
+from loraplex_models.sources import ADAPTER_FILES, PICKLE_FILE
 
 
 def folder_below(roots: Sequence[str], name: str) -> str | None:
@@ -15,7 +15,7 @@ def folder_below(roots: Sequence[str], name: str) -> str | None:
     real_roots = [os.path.realpath(os.path.expanduser(root)) for root in roots]
     for root in real_roots:
         folder = os.path.realpath(os.path.join(root, name))
-        files = [os.path.realpath(os.path.join(folder, file)) for file in ADAPTER_FILES]
+        files = [os.path.realpath(os.path.join(folder, file)) for file in (*ADAPTER_FILES, PICKLE_FILE)]
         if not all(any(_is_below(root, path) for root in real_roots) for path in (folder, *files)):
             continue
         if os.path.isdir(folder):

@@ -23,8 +23,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from loraplex_models.sources import (
     ADAPTER_FILES,
-    ADAPTER_HINT_FILES,
-    SourceError,
+    PICKLE_FILE,
     SourceForbidden,
     SourceNotFound,
     SourceUnavailable,
@@ -38,7 +37,8 @@ ANSWER_TIMEOUT_S = 10.0
 MAX_VAIN_TRIES = 3
 HASH_CHUNK_BYTES = 2**20
 _is_sha256 = re.compile(r"[0-9a-f]{64}").fullmatch
-_HINT_FILE = "config.json"
+# Tells a full model from an adapter.
+MODEL_CONFIG = "config.json"
 
 # Called with the bytes that have arrived; raises a SourceError to end the download.
 OnBytes = Callable[[int], None]
@@ -70,55 +70,72 @@ class HubAdapter:
 
 
 def look_up(
-    repo: str, folder: str, revision: str | None, *, token: str | None, endpoint: str | None, token_hint: str
+    repo: str,
+    folder: str,
+    revision: str | None,
+    *,
+    token: str | None,
+    endpoint: str | None,
+    token_hint: str,
+    with_pickles: bool = False,
 ) -> HubAdapter:
     """Ask the hub for an adapter, without a token first: what that shows is public.
 
     A token is used only where nothing is shown without one, and then it must open the files themselves, whatever lies
-    in a cache. Raises SourceError.
+    in a cache. `with_pickles` takes pickled weights where there are no others. Raises SourceError.
     """
-    what = named_with_revision(repo, revision)
+    question = _Question(repo, folder, revision, endpoint, with_pickles)
     try:
-        return _ask(repo, folder, revision, None, endpoint, what, token_hint)
+        return question.ask(None, token_hint)
     except (SourceNotFound, SourceForbidden):
         if token is None:
             raise
-    return _ask(repo, folder, revision, token, endpoint, what, "the token that was sent has no access")
+    return question.ask(token, "the token that was sent has no access")
 
 
-def _ask(
-    repo: str, folder: str, revision: str | None, token: str | None, endpoint: str | None, what: str, hint: str
-) -> HubAdapter:
-    # `False` keeps the library from using the token of this machine's user.
-    access: Any = token or False
-    with hub_errors(what, hint=hint, endpoint=endpoint):
-        info = HfApi(endpoint=endpoint).model_info(repo, revision=revision, token=access, timeout=ANSWER_TIMEOUT_S)
-        names = {sibling.rfilename for sibling in info.siblings or ()}
-        commit = info.sha
-        if commit is None:
-            raise SourceUnavailable(f"the hub does not say which commit {what} is")
-        files: list[HubFile] = []
-        for name in _wanted(names, folder):
-            url = hf_hub_url(repo, name, revision=commit, endpoint=endpoint)
-            found = get_hf_file_metadata(url, token=access, timeout=ANSWER_TIMEOUT_S, endpoint=endpoint)
-            if found.size is None:
-                raise SourceUnavailable(f"the hub does not say how long '{name}' of {what} is")
-            etag = found.etag or ""
-            files.append(HubFile(name, found.size, etag if _is_sha256(etag) else None))
-    if folder and not files:
-        raise SourceNotFound(f"the hub has '{repo}' but no adapter in its folder '{folder}'")
-    return HubAdapter(repo, folder, commit, tuple(files), is_public=token is None)
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What is asked of the hub, once without a token and perhaps once with one."""
 
+    repo: str
+    folder: str
+    revision: str | None
+    endpoint: str | None
+    with_pickles: bool
 
-def _wanted(names: set[str], folder: str) -> list[str]:
-    """An adapter's files; where there is no config, what lets a reader tell what the repository is instead."""
-    prefix = f"{folder}/" if folder else ""
-    wanted = [prefix + name for name in ADAPTER_FILES if prefix + name in names]
-    if folder or ADAPTER_FILES[0] in names:
-        return wanted
-    below = sorted(name for name in names if name.count("/") == 1 and name.endswith(f"/{ADAPTER_FILES[0]}"))
-    assert ADAPTER_HINT_FILES[0] == _HINT_FILE
-    return [*([_HINT_FILE] if _HINT_FILE in names else []), *below[:2]]
+    def ask(self, token: str | None, hint: str) -> HubAdapter:
+        # `False` keeps the library from using the token of this machine's user.
+        access: Any = token or False
+        what = named_with_revision(self.repo, self.revision)
+        with hub_errors(what, hint=hint, endpoint=self.endpoint):
+            api = HfApi(endpoint=self.endpoint)
+            info = api.model_info(self.repo, revision=self.revision, token=access, timeout=ANSWER_TIMEOUT_S)
+            names = {sibling.rfilename for sibling in info.siblings or ()}
+            if info.sha is None:
+                raise SourceUnavailable(f"the hub does not say which commit {what} is")
+            files = [self._file(name, info.sha, access, what) for name in self._wanted(names)]
+        if self.folder and not files:
+            raise SourceNotFound(f"the hub has '{self.repo}' but no adapter in its folder '{self.folder}'")
+        return HubAdapter(self.repo, self.folder, info.sha, tuple(files), is_public=token is None)
+
+    def _file(self, name: str, commit: str, access: Any, what: str) -> HubFile:
+        url = hf_hub_url(self.repo, name, revision=commit, endpoint=self.endpoint)
+        found = get_hf_file_metadata(url, token=access, timeout=ANSWER_TIMEOUT_S, endpoint=self.endpoint)
+        if found.size is None:
+            raise SourceUnavailable(f"the hub does not say how long '{name}' of {what} is")
+        etag = found.etag or ""
+        return HubFile(name, found.size, etag if _is_sha256(etag) else None)
+
+    def _wanted(self, names: set[str]) -> list[str]:
+        """An adapter's files; where there is no config, what lets a reader tell what the repository is instead."""
+        prefix = f"{self.folder}/" if self.folder else ""
+        config, weights = ADAPTER_FILES
+        if prefix + config not in names and not self.folder:
+            below = sorted(name for name in names if name.count("/") == 1 and name.endswith(f"/{config}"))
+            return [*([MODEL_CONFIG] if MODEL_CONFIG in names else []), *below[:2]]
+        if self.with_pickles and prefix + weights not in names:
+            weights = PICKLE_FILE
+        return [prefix + name for name in (config, weights) if prefix + name in names]
 
 
 def download(
@@ -225,6 +242,3 @@ def _check_content(file: HubFile, part: Path, what: str) -> None:
     if hasher.hexdigest() != file.sha256:
         part.unlink()
         raise SourceUnavailable(f"'{file.name}' of {what} arrived damaged and was thrown away; try again")
-
-
-__all__ = ["HubAdapter", "HubFile", "OnBytes", "SourceError", "download", "look_up"]

@@ -26,6 +26,8 @@ MAX_ADAPTER_ID_CHARACTERS = 512
 TEXT_PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt")
 WEIGHT_PATTERNS = ("*.safetensors",)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# In place of the second, in adapters of older tools; opened only where the operator trusts them.
+PICKLE_FILE = "adapter_model.bin"
 # With these a folder that holds no adapter can be told: it is a full model, or the adapter is in a sub-folder.
 ADAPTER_HINT_FILES = ("config.json", "*/adapter_config.json")
 # Sub-folders of a model repository hold other forms of the same weights, and so does Mistral's consolidated file.

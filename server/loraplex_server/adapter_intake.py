@@ -27,7 +27,7 @@ from loraplex_models.sources import (
 )
 from loraplex_server.adapter_location import AdapterLocation
 from loraplex_server.adapter_spec import adapter_spec
-from loraplex_server.adapter_store import AdapterStore, store_key
+from loraplex_server.adapter_store import MIB, AdapterStore, store_key
 from loraplex_server.config import ServeConfig
 from loraplex_server.errors import (
     AdapterError,
@@ -38,10 +38,10 @@ from loraplex_server.errors import (
     InvalidRequest,
 )
 from loraplex_server.messages import AdapterSpec
+from loraplex_server.pickled_adapters import is_pickled, unpickled
 
 logger = logging.getLogger("loraplex.api")
 
-MIB = 2**20
 PROGRESS_INTERVAL_S = 5.0
 # The source of what was uploaded.
 UPLOAD = "upload"
@@ -135,6 +135,9 @@ class AdapterIntake:
     def check(self, name: str, folder: Path, source: str, revision: str | None, deadline: float) -> AdapterSpec:
         """The spec of a folder's adapter. Raises AdapterRefused with the finding."""
         try:
+            if self._config.trust_pickle_adapters and is_pickled(folder):
+                self._prepare()
+                folder = unpickled(folder, self._store, deadline - time.monotonic())
             manifest = check_adapter(
                 folder,
                 self._model_config(),
@@ -175,6 +178,7 @@ class AdapterIntake:
             token=token or shared,
             endpoint=self._config.hub_endpoint,
             token_hint="send a token that has access as `api_token`",
+            with_pickles=self._config.trust_pickle_adapters,
         )
         self._check_size(name, found.num_bytes)
         # What the server's own token opens is for everybody: the operator has said so.

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil
 
+MIB = 2**20
+
 logger = logging.getLogger("loraplex.api")
 
 

@@ -171,6 +171,9 @@ class AdapterSourceConfig:
     share_hub_token: bool = setting(
         False, "let every caller's dynamic adapters use the server's hub token; off, only the caller's own api_token"
     )
+    trust_pickle_adapters: bool = setting(
+        False, "convert adapters that have only pickled weights (adapter_model.bin), by weights only and apart"
+    )
     admin_api_key: str | None = setting(None, "bearer key that may change adapters while the server runs")
     allow_runtime_adapters: bool = setting(
         False, "without an admin key: let every caller change adapters while the server runs"

@@ -22,6 +22,14 @@ from loraplex_models.config import ModelConfig
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 2**20
+# What trainers save beside an adapter, and what would change the reading of prompts.
+UNUSED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 CHUNK_BYTES = 2**20
 
 
@@ -147,6 +155,13 @@ def _check_tensors(tensors: dict[str, TensorEntry]) -> None:
             )
 
 
+def _unused_files(names: list[str]) -> list[str]:
+    unused = [name for name in names if name in UNUSED_FILES]
+    if not unused:
+        return []
+    return [f"{', '.join(unused)} are not used: prompts are read with the base model's tokenizer and chat template"]
+
+
 def _check_size(manifest_bytes: int, rank: int, max_rank: int, max_bytes: int | None) -> None:
     if rank > max_rank:
         raise ManifestError(
@@ -218,5 +233,5 @@ def check_adapter(
         digest=digest,
         layout_digest=layout_digest,
         num_bytes=num_bytes,
-        warnings=[*fit.warnings(base_model_name), *found.warnings],
+        warnings=[*fit.warnings(base_model_name), *found.warnings, *_unused_files(names)],
     )

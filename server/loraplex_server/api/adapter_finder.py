@@ -14,7 +14,7 @@ from loraplex_models.sources import adapter_id_problem, read_adapter_list
 from loraplex_server.adapter_changes import AdapterChanges
 from loraplex_server.adapter_contents import AdapterContents, AdapterMessage
 from loraplex_server.adapter_fetcher import AdapterFetcher
-from loraplex_server.adapter_intake import MIB, UPLOAD, AdapterIntake
+from loraplex_server.adapter_intake import UPLOAD, AdapterIntake
 from loraplex_server.adapter_location import AdapterLocation, Source, from_item, parse_location, parse_source, trusted
 from loraplex_server.adapter_registry import (
     FIRST_VERSION,
@@ -23,7 +23,7 @@ from loraplex_server.adapter_registry import (
     AdapterVersion,
     UseCount,
 )
-from loraplex_server.adapter_store import AdapterStore
+from loraplex_server.adapter_store import MIB, AdapterStore
 from loraplex_server.api.job import AdapterAccess
 from loraplex_server.config import AdapterSourceConfig, ServeConfig
 from loraplex_server.errors import InvalidRequest, LoraplexError, Overloaded

@@ -5,9 +5,9 @@ from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loraplex_server.adapter_intake import MIB
 from loraplex_server.adapter_location import AdapterLocation, parse_location, parse_source, trusted
 from loraplex_server.adapter_registry import AdapterEntry, AdapterVersion
+from loraplex_server.adapter_store import MIB
 from loraplex_server.api.adapter_finder import AdapterFinder, DynamicAdapter
 from loraplex_server.api.admin import is_admin, require_admin
 from loraplex_server.api.body import read_body
