@@ -117,7 +117,7 @@ BROKEN: dict[str, Broken] = {
     "QALoRA": Broken("07", UNSUPPORTED, ("use_qalora",), _config(use_qalora=True)),
     # Files
     "only a pickle": Broken(
-        "08", UNSUPPORTED, ("adapter_model.bin", "save it again"), _without(WEIGHTS_FILE, adapter_model__bin=b"x")
+        "08", UNSUPPORTED, ("adapter_model.bin", "convert"), _without(WEIGHTS_FILE, adapter_model__bin=b"x")
     ),
     "an empty file": Broken("09", INVALID, ("0 bytes",), _weights(lambda content: b"")),
     "seven bytes": Broken("09", INVALID, ("7 bytes",), _weights(lambda content: content[:7])),

@@ -1,13 +1,11 @@
 """Adapters with pickled weights, for operators who trust them: converted in a process of its own, by weights only."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from loraplex_models.adapters.lora_config import CONFIG_FILE
 from loraplex_models.adapters.manifest import WEIGHTS_FILE, ManifestError
-from loraplex_models.sources import PICKLE_FILE
+from loraplex_models.sources import ADAPTER_FILES, PICKLE_FILE
 from loraplex_server.adapter_store import AdapterStore, store_key
 
 
@@ -26,21 +24,17 @@ def unpickled(folder: Path, store: AdapterStore, timeout_s: float) -> Path:
     return store.build(key, lambda staging: _convert(folder, staging, timeout_s))
 
 
-def _convert(folder: Path, target: Path, timeout_s: float) -> None:
-    command = [sys.executable, "-P", "-m", "loraplex_models.adapters.unpickle"]
+def _convert(folder: Path, staging: Path, timeout_s: float) -> None:
+    converted = staging / "converted"
+    command = [sys.executable, "-P", "-m", "loraplex_models.adapters.unpickle", str(folder), str(converted)]
     try:
-        done = subprocess.run(
-            [*command, str(folder / PICKLE_FILE), str(target / WEIGHTS_FILE)],
-            capture_output=True,
-            text=True,
-            timeout=max(timeout_s, 1),
-            check=False,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(timeout_s, 1), check=False)
     except subprocess.TimeoutExpired:
         raise ManifestError(f"{PICKLE_FILE} could not be converted within {timeout_s:.0f} s") from None
     if done.returncode == 1 and done.stdout:
-        raise ManifestError(done.stdout.strip(), "adapter_unsupported")
+        raise ManifestError(done.stdout.strip())
     if done.returncode:
         raise ManifestError(f"{PICKLE_FILE} broke its reader (exit code {done.returncode})")
-    if (folder / CONFIG_FILE).is_file():
-        shutil.copyfile(folder / CONFIG_FILE, target / CONFIG_FILE)
+    for name in ADAPTER_FILES:
+        (converted / name).rename(staging / name)
+    converted.rmdir()

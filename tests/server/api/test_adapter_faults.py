@@ -406,7 +406,8 @@ def test_08_a_malicious_pickle_never_runs(world: AdapterWorld, is_trusted: bool)
 
     async def test(server: TestServer) -> None:
         answer = await server.generate(adapter_id="evil")
-        assert refusal(answer) == (422, "adapter_unsupported"), answer.text
+        assert refusal(answer) == (422, "adapter_invalid" if is_trusted else "adapter_unsupported"), answer.text
+        assert str(world.folder) not in answer.text
         assert not ran.exists()
         assert world.left_behind() == []
         await base_answers(server)
