@@ -140,7 +140,7 @@ class AdapterIntake:
                 folder = unpickled(folder, self._store, deadline - time.monotonic())
             manifest = check_adapter(
                 folder,
-                self._model_config(),
+                self.model_config(),
                 max_rank=self._max_rank,
                 max_bytes=self._config.max_adapter_mb * MIB,
                 base_model_name=self._base_model_name,
@@ -236,7 +236,8 @@ class AdapterIntake:
                 self._store.prepare()
                 self._is_prepared = True
 
-    def _model_config(self) -> ModelConfig:
+    def model_config(self) -> ModelConfig:
+        """The base model's, read once; any thread may call it."""
         with self._lock:
             if self._model is None:
                 self._model = read_config(self._model_path)

@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from loraplex_models.adapters.merge_recipe import MergeRecipe
+
 FinishReason = Literal["length", "eos_token", "stop_sequence", "cancelled", "error"]
 
 
@@ -41,11 +43,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """An adapter whose files are on this machine and whose header was checked."""
+    """An adapter whose files are on this machine and whose header was checked; or several of them that make one."""
 
     adapter_id: str
-    digest: str  # of the files' bytes: what the weights are, whatever the name
-    path: str
+    digest: str  # of the files' bytes, or of the recipe: what the weights are, whatever the name
+    path: str  # of the files; empty for a merge
     rank: int  # the largest over its modules
     num_bytes: int
     source: str = "local"
@@ -56,6 +58,7 @@ class AdapterSpec(msgspec.Struct, frozen=True, kw_only=True):
     dense_elements: int = 0
     # Activated LoRA: it acts from the start of this sequence's last occurrence in the prompt, and not without it.
     invocation_token_ids: tuple[int, ...] = ()
+    merge: MergeRecipe | None = None
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -15,7 +15,7 @@ HUB_TOKEN_PREFIX = "hf_"
 
 def with_headers(request: Request, job: GenerationJob) -> GenerationJob:
     """The job with what the headers say of its adapter; what the body says comes first."""
-    if job.adapter_id is None:
+    if job.adapter_name is None:
         return job
     access = job.adapter_access
     header_key = request.headers.get(SPLIT_KEY_HEADER)

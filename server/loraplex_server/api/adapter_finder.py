@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from loraplex_models.adapter_roots import folder_below
+from loraplex_models.config import ModelConfig
 from loraplex_models.sources import adapter_id_problem, read_adapter_list
 from loraplex_server.adapter_changes import AdapterChanges
 from loraplex_server.adapter_contents import AdapterContents, AdapterMessage
@@ -81,6 +82,10 @@ class AdapterFinder:
         self._num_uploads = 0
         self._statuses: dict[str, AdapterStatus] = {}
         self._dynamic: OrderedDict[tuple[AdapterLocation, str | None], DynamicAdapter] = OrderedDict()
+
+    def model_config(self) -> ModelConfig:
+        """The base model's; the first call reads a file."""
+        return self._intake.model_config()
 
     def check_name(self, adapter_id: str, access: AdapterAccess) -> None:
         """Refuse what is not known and could not be fetched either. Raises AdapterNotFound, InvalidRequest."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from loraplex_server.api.adapter_finder import AdapterFinder, FoundAdapter
+from loraplex_server.api.adapter_merges import AdapterMerges
 from loraplex_server.api.job import GenerationJob
 from loraplex_server.config import ApiConfig
 from loraplex_server.errors import InvalidRequest, Overloaded
@@ -60,6 +61,7 @@ class Admission:
         self._limits = limits
         self._tokenizer = tokenizer
         self._finder = finder
+        self._merges = AdapterMerges(finder)
         self._prefill_logprobs = prefill_logprobs
         self._check_guide = check_guide
         self._num_permits_taken = 0
@@ -100,12 +102,16 @@ class Admission:
 
         An adapter that is not here is fetched first, which takes no permit.
         """
-        if not job.adapter_id:
+        if not job.adapter_id and job.merge is None:
             with self.permits(number):
                 yield await self.admit(job, None)
             return
         self._check_fields(job)  # nothing is fetched for a job that will be refused
-        async with self._finder.held(job.adapter_id, job.adapter_access) as adapter:
+        if job.merge is not None:
+            found = self._merges.held(job.merge, job.adapter_access)
+        else:
+            found = self._finder.held(job.adapter_id or "", job.adapter_access)
+        async with found as adapter:
             with self.permits(number):
                 yield await self.admit(job, adapter)
 

@@ -1,10 +1,13 @@
 """GenerationJob (what any dialect asks for) and TextDelta (what it gets back)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 
+from loraplex_models.adapters.merge_recipe import MajoritySign, MergeStrategy
+from loraplex_server.errors import InvalidRequest
 from loraplex_server.metrics import Timings
 from loraplex_server.text.guides import Guide
 
@@ -26,6 +29,45 @@ class AdapterAccess:
 NO_ACCESS = AdapterAccess()
 
 
+MAX_MERGED = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedMerge:
+    """The adapters by their ids, a weight each, and how they become one. See `MergeRecipe`."""
+
+    ids: tuple[str, ...]
+    weights: tuple[float, ...]
+    strategy: MergeStrategy = "linear"
+    density: float = 1.0
+    majority_sign: MajoritySign = "total"
+
+    @property
+    def name(self) -> str:
+        """What logs and answers call it."""
+        parts = "+".join(f"{weight:g}*{adapter_id}" for adapter_id, weight in zip(self.ids, self.weights, strict=True))
+        return f"{self.strategy}({parts})"
+
+    def check(self) -> None:
+        """Refuse numbers that make no merge. Raises InvalidRequest."""
+        if not self.ids:
+            raise InvalidRequest("at least one adapter ID must be provided when setting `merged_adapters`")
+        if len(self.ids) > MAX_MERGED:
+            raise InvalidRequest(
+                f"`merged_adapters.ids` has {len(self.ids)} adapters; at most {MAX_MERGED} can be merged"
+            )
+        if len(self.weights) != len(self.ids):
+            raise InvalidRequest(
+                f"`merged_adapters` has {len(self.ids)} ids and {len(self.weights)} weights; it needs one weight an id"
+            )
+        if not all(math.isfinite(weight) for weight in self.weights):
+            raise InvalidRequest("`merged_adapters.weights` must be finite numbers")
+        if self.strategy != "linear" and not 0 < self.density <= 1:
+            raise InvalidRequest(
+                f"`merged_adapters.density` must be above 0 and at most 1 for {self.strategy}. Given: {self.density:g}"
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationJob:
     """What a client asks for, in no dialect; None is what it left open. Checked by `Admission`."""
@@ -34,6 +76,7 @@ class GenerationJob:
     prompt_token_ids: tuple[int, ...] | None = None  # in place of `prompt`
     add_special_tokens: bool = True  # a chat template writes them itself
     adapter_id: str | None = None  # None is the base
+    merge: WantedMerge | None = None  # several adapters in place of one
     adapter_access: AdapterAccess = NO_ACCESS
     stream: bool = False
     best_of: int | None = None
@@ -65,6 +108,11 @@ class GenerationJob:
     num_top_logprobs: int = 0  # as `top_n_tokens`, bounded by its dialect
     num_prompt_logprobs: int = 0  # the same for the prompt, with `echo_logprobs`
     guide: Guide | None = None  # what the text must look like
+
+    @property
+    def adapter_name(self) -> str | None:
+        """What the log calls the adapter; None is the base."""
+        return self.adapter_id if self.merge is None else self.merge.name
 
     @property
     def samples(self) -> bool:

@@ -11,6 +11,8 @@ from loraplex_kernels.warm_up import warm_up
 from loraplex_models.adapters.cut import cut_adapter
 from loraplex_models.adapters.finish import check_against_base
 from loraplex_models.adapters.manifest import ManifestError, check_adapter, module_shapes
+from loraplex_models.adapters.merge import merge_adapters
+from loraplex_models.adapters.merge_recipe import MergeRecipe
 from loraplex_models.adapters.pages import num_device_bytes
 from loraplex_models.adapters.weights import AdapterWeights, load_adapter_weights
 from loraplex_models.checkpoint import CheckpointError
@@ -81,9 +83,15 @@ def build_worker(
     whole = read_config(config.model_path)
     part = RankPart(whole, group.rank, group.size)
 
-    def read_adapter(path: str) -> AdapterWeights:
+    def read_whole(path: str) -> AdapterWeights:
         manifest = check_adapter(path, whole, max_rank=config.adapters.max_lora_rank)
-        weights = load_adapter_weights(path, manifest, dtype=dtype)
+        return load_adapter_weights(path, manifest, dtype=dtype)
+
+    def read_adapter(source: str | MergeRecipe) -> AdapterWeights:
+        if isinstance(source, MergeRecipe):
+            weights = merge_adapters([read_whole(part.path) for part in source.parts], source)
+        else:
+            weights = read_whole(source)
         if group.size > 1:
             return cut_adapter(weights, part)
         check_against_base(weights, model)

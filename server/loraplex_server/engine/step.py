@@ -4,20 +4,22 @@ from typing import Literal
 
 import msgspec
 
+from loraplex_models.adapters.merge_recipe import MergeRecipe
 from loraplex_server.messages import SamplingParams
 
 
 class AdapterOp(msgspec.Struct, frozen=True, kw_only=True):
     """Move one adapter between the tiers, before the step's forward pass.
 
-    host_load starts reading `path` in the background, device_load starts bringing weights from host memory to the
-    device; each rank reports their ends. slot_load puts what has come to the device into `slot`. Those that are done at
-    once cost no copy.
+    host_load starts reading `path`, or making `merge`, in the background, device_load starts bringing weights from host
+    memory to the device; each rank reports their ends. slot_load puts what has come to the device into `slot`. Those
+    that are done at once cost no copy.
     """
 
     kind: Literal["host_load", "host_evict", "device_load", "slot_load", "slot_clear"]
     digest: str
     path: str = ""
+    merge: MergeRecipe | None = None
     slot: int = -1
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from loraplex_models.adapters.merge_recipe import MergeRecipe
 from loraplex_models.adapters.paged_slots import make_slots
 from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.decoder import CausalLM
@@ -41,7 +42,7 @@ class StepResult:
 
 
 class Worker:
-    """One rank's tensors. `read_adapter` turns an adapter's folder into this rank's weights.
+    """One rank's tensors. `read_adapter` turns an adapter's folder, or a recipe, into this rank's weights.
 
     One rank of a group `samples`; on the others steps have no results.
     """
@@ -56,7 +57,7 @@ class Worker:
         max_total_tokens: int,
         num_slots: int,
         max_lora_rank: int,
-        read_adapter: Callable[[str], AdapterWeights],
+        read_adapter: Callable[[str | MergeRecipe], AdapterWeights],
         sampler: Sampler,
         samples: bool = True,
     ):
@@ -93,7 +94,7 @@ class Worker:
     def _apply(self, operation: AdapterOp) -> None:
         match operation.kind:
             case "host_load":
-                self.host_cache.load(operation.digest, operation.path)
+                self.host_cache.load(operation.digest, operation.merge or operation.path)
             case "host_evict":
                 self.host_cache.evict(operation.digest)
             case "device_load":

@@ -121,12 +121,8 @@ PARAMETER_ROWS: list[tuple[dict[str, Any], str | None]] = [
     ({"adapter_source": "S3"}, ACCEPTED),
     ({"adapter_source": "ftp"}, "`adapter_source` must be one of hub, local, s3, pbase. Given: ftp"),
     (
-        {"merged_adapters": {"ids": ["a", "b"], "weights": [1, 1]}},
-        "`merged_adapters` is not supported; name one adapter with `adapter_id`",
-    ),
-    (
         {"merged_adapters": {"ids": ["a"], "weights": [1]}, "adapter_id": "pirate"},
-        "`adapter_id` and `merged_adapters` must not both be set",
+        "at most one of `adapter_id` or `merged_adapters` may be provided",
     ),
     ({"return_k_alternatives": 20}, ACCEPTED),
     ({"return_k_alternatives": 0}, "`return_k_alternatives` must be from 1 to 20. Given: 0"),

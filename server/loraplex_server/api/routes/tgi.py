@@ -169,5 +169,5 @@ def _ms(seconds: float) -> str:
 
 
 def _note_for_log(request: Request, job: GenerationJob, num_tokens: int) -> None:
-    request.state.adapter_id = job.adapter_id
+    request.state.adapter_id = job.adapter_name
     request.state.num_generated_tokens = num_tokens

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from loraplex_server.api.job import AdapterAccess, GenerationJob
+from loraplex_server.api.schemas.merged_adapters import MergedAdapters, wanted_merge
 from loraplex_server.api.schemas.structure import format_guide, older_vllm_guides, only_one, structured_guide
 from loraplex_server.api.schemas.tgi import Float32, Int32, UInt32
 from loraplex_server.api.schemas.vllm_fields import VllmFields
@@ -41,6 +42,7 @@ class _GenerationBody(VllmFields):
     adapter_id: str | None = Field(None, description="LoRA adapter to answer with, when `model` is the base")
     adapter_source: str | None = Field(None, description="where an unknown adapter comes from: hub, local, s3 or pbase")
     api_token: str | None = Field(None, description="token for the adapter's source")
+    merged_adapters: MergedAdapters | None = Field(None, description="several adapters to answer with as one")
     user: Any = Field(None, description="a text; requests of the same one get the same version of a split adapter")
     max_tokens: UInt32 | None = Field(None, description="most tokens to generate", examples=[64])
     temperature: Float32 | None = Field(None, description=">= 0; 0 takes the most likely tokens; 1 when absent")
@@ -130,6 +132,7 @@ class _GenerationBody(VllmFields):
         return GenerationJob(
             prompt=prompt,
             adapter_id=adapter_id,
+            merge=wanted_merge(adapter_id, self.merged_adapters),
             adapter_access=self.adapter_access,
             stream=bool(self.stream),
             max_new_tokens=max_new_tokens,

@@ -16,6 +16,7 @@ from loraplex_server.api.job import (
     PromptToken,
     Token,
 )
+from loraplex_server.api.schemas.merged_adapters import MergedAdapters, wanted_merge
 from loraplex_server.api.schemas.structure import format_guide, only_one
 from loraplex_server.errors import InvalidRequest
 
@@ -40,7 +41,7 @@ class GenerateParameters(_Body):
     adapter_id: str | None = Field(None, description="LoRA adapter to answer with; null or empty for the base model")
     adapter_source: str | None = Field(None, description="where an unknown adapter comes from: hub, local, s3 or pbase")
     api_token: str | None = Field(None, description="token for the adapter's source")
-    merged_adapters: dict[str, Any] | None = Field(None, description="not supported yet")
+    merged_adapters: MergedAdapters | None = Field(None, description="several adapters to answer with as one")
     best_of: UInt64 | None = Field(None, description="sequences to draw; the most likely one is the answer")
     temperature: Float32 | None = Field(
         None, description=">= 0; flattens or sharpens the distribution; 0 takes the most likely tokens", examples=[0.7]
@@ -88,6 +89,7 @@ class GenerateBody(_Body):
         return GenerationJob(
             prompt=self.inputs,
             adapter_id=asked.adapter_id or None,
+            merge=wanted_merge(asked.adapter_id, asked.merged_adapters),
             adapter_access=AdapterAccess(source=asked.adapter_source or None, token=asked.api_token or None),
             stream=stream,
             best_of=asked.best_of,
@@ -142,10 +144,6 @@ def _refuse_unsupported(asked: GenerateParameters) -> None:
         raise InvalidRequest(
             f"`adapter_id` must have at most {MAX_ADAPTER_ID_LENGTH} characters. Given: {len(asked.adapter_id)}"
         )
-    if asked.merged_adapters is not None:
-        if asked.adapter_id:
-            raise InvalidRequest("`adapter_id` and `merged_adapters` must not both be set")
-        raise InvalidRequest("`merged_adapters` is not supported; name one adapter with `adapter_id`")
     if asked.adapter_source:
         parse_source(asked.adapter_source)
     if asked.return_k_alternatives is not None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Literal, TypeVar
 
 from loraplex_models.adapters.manifest import ManifestError
+from loraplex_models.adapters.merge_recipe import MergeRecipe
 from loraplex_models.adapters.slots import PreparedAdapter
 from loraplex_models.adapters.weights import AdapterWeights
 
@@ -31,10 +32,13 @@ class FinishedLoad:
 class HostCache:
     """Weights in host memory by digest, and those that threads have brought to the device but no slot has yet.
 
-    `read` turns a folder into weights and must give the digest asked for; `prepare` brings weights to the device.
+    `read` turns a folder, or a recipe, into weights and must give the digest asked for; `prepare` brings weights to the
+    device.
     """
 
-    def __init__(self, read: Callable[[str], AdapterWeights], prepare: Callable[[AdapterWeights], PreparedAdapter]):
+    def __init__(
+        self, read: Callable[[str | MergeRecipe], AdapterWeights], prepare: Callable[[AdapterWeights], PreparedAdapter]
+    ):
         self._read = read
         self._prepare = prepare
         self._weights: dict[str, AdapterWeights] = {}
@@ -45,9 +49,9 @@ class HostCache:
         # A thread of its own: a short copy to the device never waits behind slow files.
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="adapter-preparer")
 
-    def load(self, digest: str, path: str) -> None:
-        """Start reading in the background."""
-        self._reading[digest] = self._readers.submit(_timed, partial(self._read, path))
+    def load(self, digest: str, source: str | MergeRecipe) -> None:
+        """Start reading or merging in the background."""
+        self._reading[digest] = self._readers.submit(_timed, partial(self._read, source))
 
     def prepare(self, digest: str) -> None:
         """Start to bring weights that were reported as loaded to the device, in the background."""

@@ -270,7 +270,8 @@ class AdapterManager:
         self.host.add(record.spec.digest, record.num_bytes)
         record.tier = "loading"
         self._num_loading += 1
-        self._ops.append(AdapterOp(kind="host_load", digest=record.spec.digest, path=record.spec.path))
+        spec = record.spec
+        self._ops.append(AdapterOp(kind="host_load", digest=spec.digest, path=spec.path, merge=spec.merge))
         return True
 
     def _start_device_load(self, record: AdapterRecord, nearness: Mapping[str, int], limit: int) -> bool:
