@@ -1,6 +1,7 @@
 """How several adapters make one, in numbers and names; no torch. `merge` does it."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -46,14 +47,17 @@ class MergeRecipe(msgspec.Struct, frozen=True, kw_only=True):
             hasher.update(f"{part.digest} {part.weight!r}\n".encode())
         return hasher.hexdigest()
 
-    def rank_rows(self, parts: list[tuple[RankRows, ...]], shapes: dict[str, tuple[int, int]]) -> tuple[RankRows, ...]:
-        """The kinds of modules that the merged adapter changes, with its rank there.
+    def rank_rows(
+        self, parts: list[tuple[RankRows, ...]], shapes: Mapping[str, tuple[int, int]], num_layers: int
+    ) -> tuple[RankRows, ...]:
+        """What the merged adapter takes on a device at most, as if it had its highest ranks in all layers.
 
-        parts: those of each part; shapes: input and output size of each kind. A merge that is no product has no low
-        rank: its rank is the smaller side of the matrix.
+        parts: the rows of each part; shapes: input and output size of each kind of linear. A merge that is no product
+        has no low rank: its rank is the smaller side of the matrix.
         """
         ranks: dict[str, int] = {}
         for rows in parts:
-            for kind, rank in rows:
-                ranks[kind] = ranks.get(kind, 0) + rank if self.is_product else min(shapes[kind])
-        return tuple(sorted(ranks.items()))
+            for kind in {kind for kind, _, _ in rows}:
+                highest = max(rank for other, rank, _ in rows if other == kind)
+                ranks[kind] = ranks.get(kind, 0) + highest if self.is_product else min(shapes[kind])
+        return tuple((kind, rank, num_layers) for kind, rank in sorted(ranks.items()))

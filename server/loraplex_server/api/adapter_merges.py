@@ -64,7 +64,7 @@ def _scope(scopes: list[str | None]) -> str | None:
 def _merged_spec(wanted: WantedMerge, specs: list[AdapterSpec], config: ModelConfig) -> AdapterSpec:
     shapes = module_shapes(config)
     for adapter_id, spec in zip(wanted.ids, specs, strict=True):
-        if spec.dense_elements or spec.invocation_token_ids or any(kind not in shapes for kind, _ in spec.rank_rows):
+        if spec.dense_elements or spec.invocation_token_ids:
             raise AdapterRefused(
                 f"adapter '{adapter_id}' cannot be merged: it changes more than the layers' linears, or not by a "
                 "product alone (DoRA, biases, embeddings, the head, invocation tokens)",
@@ -79,16 +79,16 @@ def _merged_spec(wanted: WantedMerge, specs: list[AdapterSpec], config: ModelCon
         density=wanted.density,
         majority_sign=wanted.majority_sign,
     )
-    rank_rows = recipe.rank_rows([spec.rank_rows for spec in specs], shapes)
+    rank_rows = recipe.rank_rows([spec.rank_rows for spec in specs], shapes, config.num_layers)
     num_bytes = sum(spec.num_bytes for spec in specs)
     if not recipe.is_product:
         # Two bytes a number at least; what it takes in the model's own type is known when it is made.
-        num_bytes = config.num_layers * sum(2 * rank * sum(shapes[kind]) for kind, rank in rank_rows)
+        num_bytes = sum(2 * num_layers * rank * sum(shapes[kind]) for kind, rank, num_layers in rank_rows)
     return AdapterSpec(
         adapter_id=wanted.name,
         digest=recipe.digest,
         path="",
-        rank=max((rank for _, rank in rank_rows), default=0),
+        rank=max((rank for _, rank, _ in rank_rows), default=0),
         num_bytes=num_bytes,
         source=MERGE,
         rank_rows=rank_rows,
