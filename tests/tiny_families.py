@@ -20,6 +20,7 @@ class Family:
     architecture: str
     fields: dict[str, Any] = field(default_factory=dict)
     linears: tuple[str, ...] = SEVEN_LINEARS
+    fan_in_fan_out: bool = False  # its weights are stored as [in, out]
 
 
 # Score and logit caps are low, so that they bend what random weights give; windows are shorter than the prompts.
@@ -78,6 +79,22 @@ FAMILIES = {
             "tie_word_embeddings": True,
         },
         PACKED_LINEARS,
+    ),
+    "Phi-2": Family(
+        "PhiForCausalLM", {"partial_rotary_factor": 0.5}, ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
+    ),
+    "GPT-2": Family(
+        "GPT2LMHeadModel",
+        {
+            "n_embd": 64,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 512,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+        },
+        ("c_attn", "c_proj", "c_fc"),
+        fan_in_fan_out=True,
     ),
     "Gemma": Family("GemmaForCausalLM", {"head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": True}),
     "Gemma 2": Family(
@@ -146,7 +163,7 @@ def make_tiny(family: Family, folder: str | Path, *, seed: int = 0, **overrides:
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
                     parameter.normal_(std=WEIGHT_STD)
-                elif "norm" in name:
+                elif "norm" in name or ".ln_" in name:
                     parameter.add_(torch.rand_like(parameter) - 0.5)
     model.eval()
     model.save_pretrained(folder)

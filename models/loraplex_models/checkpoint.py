@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,11 +33,15 @@ class Checkpoint:
     """The open shards of one checkpoint folder: `take` each tensor once, then ask what was `left_over`.
 
     `weight_format` reads the linears that are quantised; None where all are plain. With `part`, linears are given as
-    that rank holds them.
+    that rank holds them. Tensors are asked for by the names that `served_name` gives them; see `served_names`.
     """
 
     def __init__(
-        self, folder: str | Path, weight_format: WeightFormat | None = None, part: RankPart | None = None
+        self,
+        folder: str | Path,
+        weight_format: WeightFormat | None = None,
+        part: RankPart | None = None,
+        served_name: Callable[[str], str] = str,
     ) -> None:
         """Open the shards and read their headers.
 
@@ -44,9 +49,10 @@ class Checkpoint:
         """
         self.weight_format = weight_format
         self._part = part
+        self._served_name = served_name
         self._folder = Path(folder)
         self._files: dict[str, Any] = {}  # those that are mapped now
-        self._file_of: dict[str, str] = {}
+        self._place_of: dict[str, tuple[str, str]] = {}  # by served name: the file, and the name in it
         self._taken: set[str] = set()
         self.total_bytes = 0
         self.taken_bytes = 0
@@ -67,7 +73,7 @@ class Checkpoint:
         self.close()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._place_of
 
     def close(self) -> None:
         """Close the shards. Tensors that were taken and not copied stay valid until they are dropped."""
@@ -89,15 +95,15 @@ class Checkpoint:
 
         Raises CheckpointError when it is missing, has another shape than the one given, or none of the dtypes.
         """
-        if name not in self._file_of:
+        if name not in self._place_of:
             raise CheckpointError(f"the checkpoint in '{self._folder}' has no tensor '{name}'")
         assert name not in self._taken, f"tensor {name} is read twice"
         self._taken.add(name)
-        file_name = self._file_of[name]
+        file_name, stored_name = self._place_of[name]
         if file_name not in self._files:
             self._map(file_name)
         try:
-            tensor: Tensor = self._files[file_name].get_tensor(name)
+            tensor: Tensor = self._files[file_name].get_tensor(stored_name)
         except SafetensorError as error:
             raise CheckpointError(f"'{file_name}': tensor '{name}' cannot be read: {error}") from None
         if shape is not None and tuple(tensor.shape) != shape:
@@ -112,7 +118,7 @@ class Checkpoint:
 
     def left_over(self) -> list[str]:
         """Return the names of the tensors that nobody took, sorted."""
-        return sorted(self._file_of.keys() - self._taken)
+        return sorted(self._place_of.keys() - self._taken)
 
     def linear(self, module: str) -> "CheckpointLinear":
         """Return the tensors of one linear, by suffix. Raises CheckpointError when it cannot be cut for the rank."""
@@ -126,9 +132,12 @@ class Checkpoint:
         self._map(name)
         self.total_bytes += (self._folder / name).stat().st_size
         for tensor_name in self._files[name].keys():  # noqa: SIM118 (not a dict)
-            if tensor_name in self._file_of:
-                raise CheckpointError(f"tensor '{tensor_name}' is both in '{self._file_of[tensor_name]}' and '{name}'")
-            self._file_of[tensor_name] = name
+            served_name = self._served_name(tensor_name)
+            if served_name in self._place_of:
+                raise CheckpointError(
+                    f"tensor '{tensor_name}' is both in '{self._place_of[served_name][0]}' and '{name}'"
+                )
+            self._place_of[served_name] = (name, tensor_name)
 
     def _map(self, name: str) -> None:
         path = self._folder / name

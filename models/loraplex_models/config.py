@@ -62,7 +62,7 @@ class ModelConfig:
     windowed_rope: RopeConfig | None = None  # of the layers with the window; None: as the others
     unturned_layers: tuple[int, ...] = ()  # those without rotary embedding
     has_gated_mlp: bool = True  # else c_fc and c_proj, with the activation between
-    has_packed_linears: bool = False  # the checkpoint has qkv_proj and gate_up_proj, each as one linear
+    has_packed_linears: bool = False  # qkv_proj, and gate_up_proj if there is a gate, are one linear each
     attention_scale: float | None = None  # of the scores, in place of head_dim ** -0.5
     attention_cap: float | None = None  # scores become cap * tanh(score / cap)
     residual_scale: float | None = None  # of what attention and MLP add
@@ -86,6 +86,19 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
     },
     "MixtralForCausalLM": {"num_local_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1000000.0},
+    "PhiForCausalLM": {
+        "use_bias": True,
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+    },
+    "GPT2LMHeadModel": {
+        "tie_word_embeddings": True,
+        "use_bias": True,
+        "n_positions": 1024,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+    },
     "SmolLM3ForCausalLM": {
         "tie_word_embeddings": True,
         "use_sliding_window": False,
@@ -119,8 +132,20 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 10000.0,
     },
 }
-PACKED_ARCHITECTURES = ("Phi3ForCausalLM",)
-UNGATED_ARCHITECTURES = ("Starcoder2ForCausalLM",)
+PACKED_ARCHITECTURES = ("Phi3ForCausalLM", "GPT2LMHeadModel")
+UNGATED_ARCHITECTURES = ("Starcoder2ForCausalLM", "PhiForCausalLM", "GPT2LMHeadModel")
+# Other names of keys: ours, theirs.
+FAMILY_KEYS = {
+    "GPT2LMHeadModel": {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "intermediate_size": "n_inner",
+        "max_position_embeddings": "n_positions",
+        "hidden_act": "activation_function",
+        "layer_norm_eps": "layer_norm_epsilon",
+    }
+}
 
 
 def _required(raw: dict[str, Any], key: str) -> Any:
@@ -256,12 +281,19 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any] | None = None) 
     architectures = raw.get("architectures") or []
     architecture = str(architectures[0]) if architectures else str(raw.get("model_type", "unknown"))
     raw = FAMILY_DEFAULTS.get(architecture, {}) | raw
+    raw |= {ours: raw.get(theirs) for ours, theirs in FAMILY_KEYS.get(architecture, {}).items()}
+    if architecture in UNGATED_ARCHITECTURES and raw.get("intermediate_size") is None:
+        raw["intermediate_size"] = 4 * int(_required(raw, "hidden_size"))
     num_heads = int(_required(raw, "num_attention_heads"))
     hidden_size = int(_required(raw, "hidden_size"))
     end_token_ids = _token_ids((generation or {}).get("eos_token_id")) or _token_ids(raw.get("eos_token_id"))
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if raw.get("use_qk_norm"):
         raise ModelConfigError("use_qk_norm: Cohere's models with normalised queries and keys are not served")
+    if raw.get("qk_layernorm"):
+        raise ModelConfigError("qk_layernorm: Phi models with normalised queries and keys are not served")
+    if raw.get("scale_attn_by_inverse_layer_idx") or raw.get("scale_attn_weights") is False:
+        raise ModelConfigError("GPT-2 models that scale scores by layer, or not at all, are not served")
     if raw.get("use_bidirectional_attention"):
         raise ModelConfigError("use_bidirectional_attention: only models whose tokens see what came before are served")
     window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None

@@ -1,7 +1,7 @@
 """The decoder that most families share: attention and a gated MLP, each after a norm and beside the residual."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from loraplex_models.layers.norm import OffsetRMSNorm, RMSNorm
 from loraplex_models.layers.rotary import RopeError, Rotary
 from loraplex_models.parallel import ParallelGroup
 from loraplex_quant.keep import Keeping
+from loraplex_quant.method import WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ class CausalLM:
     """A decoder with its embedding and head. Made empty; `load` fills it. A family overrides what is different."""
 
     layer_class: type[DecoderLayer] = DecoderLayer
+    plain_format: WeightFormat | None = None  # how linears are stored that are not quantised; None: as [out, in]
 
     def __init__(self, config: ModelConfig, keeping: Keeping, group: ParallelGroup) -> None:
         """Lay out this rank's part of the model, of which `config` is the config, without weights.
@@ -252,7 +254,7 @@ class CausalLM:
         x = self._embedding.forward(batch.token_ids)
         if lora is not None and lora.embedding is not None:
             lora.embedding.apply(x, batch.token_ids, lora.segments)
-        x = self._finish_embedding(x)
+        x = self._finish_embedding(x, batch.positions)
         parts = list(zip(self.layers, turns, kv_cache.layers, plans, strict=True))
         if self._is_plain and plans[0].blocks is not None and (lora is None or lora.extras is None):
             hidden = self._run_fused(x, parts, lora).index_select(0, batch.sample_rows)
@@ -280,7 +282,10 @@ class CausalLM:
 
     def _make_rotary(self) -> Rotary:
         config = self.config
-        return Rotary(config.rope, config.head_dim, config.max_positions, self.dtype, self.device)
+        parameters = dict(config.rope.parameters)
+        turned = int(config.head_dim * parameters.pop("partial_rotary_factor", 1.0))
+        rope = replace(config.rope, parameters=parameters)
+        return Rotary(rope, turned, config.max_positions, self.dtype, self.device)
 
     def _make_attention(self) -> Attention:
         config = self.config
@@ -300,7 +305,7 @@ class CausalLM:
         """The angles of each layer; here the same for all."""
         return [self._rotary.angles(positions)] * self.config.num_layers
 
-    def _finish_embedding(self, x: Tensor) -> Tensor:
+    def _finish_embedding(self, x: Tensor, positions: Tensor) -> Tensor:
         """What becomes of the embedded tokens [T, hidden] before the first layer; may be done in place."""
         return x
 

@@ -23,7 +23,7 @@ class Gemma(CausalLM):
 
     layer_class: type[DecoderLayer] = GemmaLayer
 
-    def _finish_embedding(self, x: Tensor) -> Tensor:
+    def _finish_embedding(self, x: Tensor, positions: Tensor) -> Tensor:
         # The factor is rounded to the model's dtype, as in training.
         scale = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype).item()
         return x.mul_(scale)

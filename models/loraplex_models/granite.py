@@ -32,7 +32,7 @@ class Granite(CausalLM):
 
     layer_class = GraniteLayer
 
-    def _finish_embedding(self, x: Tensor) -> Tensor:
+    def _finish_embedding(self, x: Tensor, positions: Tensor) -> Tensor:
         scale = self.config.embedding_scale
         return x if scale is None else x.mul_(scale)
 

@@ -10,6 +10,7 @@ from loraplex_models.checkpoint import Checkpoint, CheckpointError
 from loraplex_models.config import ModelConfig, ModelConfigError, RopeConfig, read_config
 from loraplex_models.cuts import CutError, RankPart
 from loraplex_models.decoder import CausalLM
+from loraplex_models.names import served_names
 from loraplex_models.parallel import ParallelGroup
 from loraplex_models.registry import ARCHITECTURES, find_model_class
 from loraplex_quant.config import OnTheFly, QuantConfig, QuantConfigError, settle_quantization
@@ -55,13 +56,13 @@ def load_model(
     except CutError as error:
         raise CheckpointError(str(error)) from None
     model = model_class(part.config, Keeping(dtype, device, on_the_fly), group)
-    stored_format = None if stored is None else weight_format(stored)
-    with Checkpoint(path, stored_format, part) as checkpoint, torch.inference_mode():
+    reader = model_class.plain_format if stored is None else weight_format(stored)
+    with Checkpoint(path, reader, part, served_names(config.architecture)) as checkpoint, torch.inference_mode():
         for _ in model.load(checkpoint):
             checkpoint.release()
             if progress is not None:
                 progress(min(checkpoint.taken_bytes, checkpoint.total_bytes), checkpoint.total_bytes)
-        if checkpoint.weight_format is not None and not checkpoint.num_quantized:
+        if stored is not None and not checkpoint.num_quantized:
             raise CheckpointError(
                 f"the checkpoint in '{path}' calls itself quantised, and none of its linears is quantised"
             )

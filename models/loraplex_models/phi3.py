@@ -1,9 +1,6 @@
 """Phi-3, Phi-3.5 and Phi-4: packed linears, in adapters too, and a share of each head that is not turned."""
 
-from dataclasses import replace
-
 from loraplex_models.decoder import CausalLM, DecoderLayer
-from loraplex_models.layers.rotary import Rotary
 
 
 class Phi3Layer(DecoderLayer):
@@ -20,10 +17,3 @@ class Phi3(CausalLM):
     """Phi-3, Phi-3.5, Phi-4 and Phi-4-mini."""
 
     layer_class = Phi3Layer
-
-    def _make_rotary(self) -> Rotary:
-        config = self.config
-        parameters = dict(config.rope.parameters)
-        turned = int(config.head_dim * parameters.pop("partial_rotary_factor", 1.0))
-        rope = replace(config.rope, parameters=parameters)
-        return Rotary(rope, turned, config.max_positions, self.dtype, self.device)

@@ -18,6 +18,8 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
     "GemmaForCausalLM": ("loraplex_models.gemma", "Gemma"),
     "Gemma2ForCausalLM": ("loraplex_models.gemma", "Gemma2"),
     "Gemma3ForCausalLM": ("loraplex_models.gemma3", "Gemma3"),
+    "PhiForCausalLM": ("loraplex_models.phi", "Phi"),
+    "GPT2LMHeadModel": ("loraplex_models.gpt2", "GPT2"),
     "SmolLM3ForCausalLM": ("loraplex_models.smollm3", "SmolLM3"),
     "Starcoder2ForCausalLM": ("loraplex_models.starcoder2", "Starcoder2"),
     "CohereForCausalLM": ("loraplex_models.cohere", "Cohere"),

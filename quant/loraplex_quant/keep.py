@@ -35,11 +35,11 @@ class Keeping:
         """Keep the weights of what is never quantised on the fly, a router for example."""
         return keep_small_int(parts, self.dtype, self.device) or Unquantized(parts, self.dtype, self.device)
 
-    def head(self, weight: Tensor, *, may_share: bool) -> QuantMethod:
+    def head(self, part: LinearWeight, *, may_share: bool) -> QuantMethod:
         """Keep the head's weight; `may_share` when it lies in memory that stays."""
         if self.on_the_fly is not None and self.on_the_fly.head_kind is not None:
-            return self.plain([LinearWeight(round_weight(weight, self.on_the_fly.head_kind))])
-        return Unquantized([LinearWeight(weight)], self.dtype, self.device, may_share=may_share)
+            return self.plain([_rounded(part, self.on_the_fly.head_kind)])
+        return Unquantized([part], self.dtype, self.device, may_share=may_share)
 
 
 def _rounded(part: LinearWeight, kind: str) -> LinearWeight:

@@ -21,6 +21,7 @@ from loraplex_models.adapters.weights import load_adapter_weights
 from loraplex_models.config import ModelConfigError, parse_config, read_config
 from loraplex_models.decoder import CausalLM
 from loraplex_models.loader import load_model
+from loraplex_models.names import served_names
 from loraplex_models.parallel import ParallelGroup
 from loraplex_models.registry import ARCHITECTURES
 
@@ -45,15 +46,18 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
     return load_model(folder, dtype=dtype, device=torch.device("cpu"), group=ParallelGroup.single())
 
 
+def make_adapter(folder: Path, model: PreTrainedModel, family: Family, rank: int) -> Path:
+    return make_peft_adapter(
+        folder, model, rank=rank, target_modules=family.linears, seed=rank, fan_in_fan_out=family.fan_in_fan_out
+    )
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("family")
     family = FAMILIES[request.param]
     truth = make_tiny(family, folder / "model")
-    adapters = [
-        make_peft_adapter(folder / f"r{rank}", truth, rank=rank, target_modules=family.linears, seed=rank)
-        for rank in RANKS
-    ]
+    adapters = [make_adapter(folder / f"r{rank}", truth, family, rank) for rank in RANKS]
     return Case(family, truth, folder / "model", adapters, load(folder / "model"))
 
 
@@ -85,8 +89,13 @@ def filled_slots(case: Case) -> AdapterSlots:
     slots = AdapterSlots(case.ours, len(case.adapters))
     for slot, folder in enumerate(case.adapters):
         manifest = check_adapter(folder, read_config(case.folder), max_rank=64)
+        served = served_names(case.family.architecture)
+        linears = {served(f".mlp.{name}").rpartition(".")[2] for name in case.family.linears}
+        linears |= {
+            served(f".{block}.{name}").rpartition(".")[2] for block in ("self_attn", "attn") for name in linears
+        }
         sites = [site.module for site in case.ours.lora_sites]
-        assert set(manifest.modules) == {site for site in sites if site.rpartition(".")[2] in case.family.linears}
+        assert set(manifest.modules) == {site for site in sites if site.rpartition(".")[2] in linears}
         slots.set(slot, load_adapter_weights(folder, manifest, dtype=torch.float32))
     return slots
 
@@ -157,14 +166,13 @@ def test_weights_are_counted(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Qwen2, window in some layers", "Gemma 2", "Gemma 3, text", "Phi-3", "Starcoder2", "Command-R"]
+    "name", ["Qwen2, window in some layers", "Gemma 2", "Gemma 3, text", "Phi-3", "Starcoder2", "Command-R", "GPT-2"]
 )
 def test_the_engine_answers_as_transformers_and_peft_do(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model = make_tiny(family, tmp_path / "model")
     adapters = {
-        adapter: make_peft_adapter(tmp_path / adapter, model, rank=rank, target_modules=family.linears, seed=rank)
-        for adapter, rank in (("one", 3), ("two", 8))
+        adapter: make_adapter(tmp_path / adapter, model, family, rank) for adapter, rank in (("one", 3), ("two", 8))
     }
     bench = EngineBench(tmp_path / "model", adapters)
     requests = {
@@ -186,7 +194,7 @@ def test_every_architecture_of_the_registry_is_in_the_table() -> None:
 
 def test_the_page_of_models_names_what_is_served_and_nothing_else() -> None:
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"`(\w+ForCausalLM)`", page)) == sorted(ARCHITECTURES)
+    assert sorted(re.findall(r"`(\w+(?:ForCausalLM|LMHeadModel))`", page)) == sorted(ARCHITECTURES)
 
 
 def test_an_adapter_with_packed_names_is_refused_by_a_family_without_them(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from loraplex_models.adapters.refusal import ManifestError as ManifestError
 from loraplex_models.adapters.tensor_header import TensorEntry, read_tensor_header
 from loraplex_models.adapters.tensor_names import sort_names
 from loraplex_models.config import ModelConfig
+from loraplex_models.names import served_names
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 2**20
@@ -68,23 +69,21 @@ def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Input and output size of each linear of a layer that an adapter may change."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    if config.has_packed_linears:
-        return {
-            "self_attn.qkv_proj": (hidden, queries + 2 * keys),
-            "self_attn.o_proj": (queries, hidden),
-            "mlp.gate_up_proj": (hidden, 2 * intermediate),
-            "mlp.down_proj": (intermediate, hidden),
-        }
     attention = {
         "self_attn.q_proj": (hidden, queries),
         "self_attn.k_proj": (hidden, keys),
         "self_attn.v_proj": (hidden, keys),
         "self_attn.o_proj": (queries, hidden),
     }
+    if config.has_packed_linears:
+        attention = {"self_attn.qkv_proj": (hidden, queries + 2 * keys), "self_attn.o_proj": (queries, hidden)}
     if config.experts is not None and not config.experts.dense_layers:
         return attention
     if not config.has_gated_mlp:
         return attention | {"mlp.c_fc": (hidden, intermediate), "mlp.c_proj": (intermediate, hidden)}
+    if config.has_packed_linears:
+        packed = {"mlp.gate_up_proj": (hidden, 2 * intermediate), "mlp.down_proj": (intermediate, hidden)}
+        return attention | packed
     return attention | {
         "mlp.gate_proj": (hidden, intermediate),
         "mlp.up_proj": (hidden, intermediate),
@@ -209,7 +208,7 @@ def check_adapter(
         _check_tensors(tensors)
         fit = Fit(config, module_shapes(config), lora, tensors)
         fit.check_vocabulary()
-        found = sort_names(tensors, module_shapes(config).keys())
+        found = sort_names(tensors, module_shapes(config).keys(), served_names(config.architecture))
         fit.take(found)
         num_bytes = fit.num_bytes()
         _check_size(num_bytes, fit.rank, max_rank, max_bytes)

@@ -1,7 +1,7 @@
 """The names that trainers give to an adapter's tensors, brought to the one name that is served."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,22 +98,26 @@ def _check_pairs(modules: dict[str, ModuleNames]) -> None:
                 )
 
 
-def _find(path: str, kinds: Collection[str]) -> tuple[re.Match[str], re.Match[str], Role] | None:
+def _find(
+    path: str, kinds: Collection[str], served_name: Callable[[str], str]
+) -> tuple[re.Match[str], re.Match[str], Role] | None:
     """How a name ends, whose module it names and as what; None where it is of no served module."""
     for role, pattern in ROLES:
         ending = pattern.fullmatch(path)
         if ending is None:
             continue
-        if (linear := SERVED_PATH.fullmatch(ending["path"])) and linear["kind"] in kinds:
+        module = served_name(ending["path"])
+        if (linear := SERVED_PATH.fullmatch(module)) and linear["kind"] in kinds:
             return (ending, linear, role) if role in LINEAR_ROLES else None
-        if end := END_PATH.fullmatch(ending["path"]):
+        if end := END_PATH.fullmatch(module):
             return (ending, end, role) if role in END_ROLES else None
     return None
 
 
-def sort_names(names: Iterable[str], kinds: Collection[str]) -> SortedNames:
+def sort_names(names: Iterable[str], kinds: Collection[str], served_name: Callable[[str], str] = str) -> SortedNames:
     """Find the tensors of linears of the served kinds (`self_attn.q_proj`, …), the embedding and the head.
 
+    `served_name` is that of `served_names`.
     Raises ManifestError for names of features that are not served, halves of pairs and two tensors for one place.
     """
     modules: dict[str, ModuleNames] = {}
@@ -123,7 +127,7 @@ def sort_names(names: Iterable[str], kinds: Collection[str]) -> SortedNames:
         if IGNORED_TENSOR.search(bare):
             continue
         path = bare.removeprefix(PEFT_PREFIX)
-        found = _find(path, kinds)
+        found = _find(path, kinds, served_name)
         if found is None:
             others.append(name)
             continue
@@ -132,7 +136,7 @@ def sort_names(names: Iterable[str], kinds: Collection[str]) -> SortedNames:
             forms.add("segments of training wrappers removed")
         if path == bare or place["prefix"] != ("" if place["module"] == "lm_head" else CANONICAL_PREFIX):
             canonical = "" if place["module"] == "lm_head" else CANONICAL_PREFIX
-            seen = name[: name.index(place["module"].partition(".")[0])]
+            seen = name[: max(name.find(place["module"].partition(".")[0]), 0)]
             forms.add(f"prefix '{seen}' taken for '{PEFT_PREFIX}{canonical}'")
         if ending["adapter"]:
             forms.add(f"adapter name {shown(ending['adapter'])} removed")

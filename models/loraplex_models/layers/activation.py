@@ -12,11 +12,13 @@ GATED_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": silu_and_mul,
     "swish": silu_and_mul,
     "gelu_pytorch_tanh": gelu_tanh_and_mul,
+    "gelu_new": gelu_tanh_and_mul,
     "gelu": gelu_and_mul,
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
 }

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from loraplex_models.checkpoint import Checkpoint
 from loraplex_quant.keep import Keeping
-from loraplex_quant.method import QuantMethod
+from loraplex_quant.method import LinearWeight, QuantMethod
 
 
 class Embedding:
@@ -47,12 +47,14 @@ class Head:
         return self._method.num_bytes
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
-        """Take the weight of that name from the checkpoint."""
-        self._method = self._keeping.head(checkpoint.take(name, self._shape), may_share=False)
+        """Take the weight of that name, and the bias beside it where there is one, from the checkpoint."""
+        bias_name = f"{name.removesuffix('weight')}bias"
+        bias = checkpoint.take(bias_name, self._shape[:1]) if bias_name in checkpoint else None
+        self._method = self._keeping.head(LinearWeight(checkpoint.take(name, self._shape), bias), may_share=False)
 
     def tie(self, embedding: Embedding) -> None:
         """Use the embedding's weight. Where the device has a packed layout, this makes a second copy of it."""
-        self._method = self._keeping.head(embedding.weight, may_share=True)
+        self._method = self._keeping.head(LinearWeight(embedding.weight), may_share=True)
 
     def dequantize(self) -> Tensor:
         """Return the weight [vocab, hidden] in float32, in memory of its own; not for every step."""
