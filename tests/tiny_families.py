@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_models import SEVEN_LINEARS, WEIGHT_STD
+from tiny_models import SEVEN_LINEARS, WEIGHT_STD, make_peft_adapter
 from transformers import PreTrainedModel
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -168,3 +168,10 @@ def make_tiny(family: Family, folder: str | Path, *, seed: int = 0, **overrides:
     model.eval()
     model.save_pretrained(folder)
     return model
+
+
+def make_family_adapter(folder: str | Path, model: PreTrainedModel, family: Family, rank: int) -> Path:
+    """Let peft write an adapter on all linears of the family; ranks give different adapters."""
+    return make_peft_adapter(
+        folder, model, rank=rank, target_modules=family.linears, seed=rank, fan_in_fan_out=family.fan_in_fan_out
+    )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engines import EngineBench
 from paged_model import PagedModel
-from tiny_families import FAMILIES, Family, make_tiny
+from tiny_families import FAMILIES, Family, make_family_adapter, make_tiny
 from tiny_models import load_peft, make_peft_adapter, unload_peft
 from transformers import PreTrainedModel
 from truth import Truth
@@ -46,18 +46,12 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
     return load_model(folder, dtype=dtype, device=torch.device("cpu"), group=ParallelGroup.single())
 
 
-def make_adapter(folder: Path, model: PreTrainedModel, family: Family, rank: int) -> Path:
-    return make_peft_adapter(
-        folder, model, rank=rank, target_modules=family.linears, seed=rank, fan_in_fan_out=family.fan_in_fan_out
-    )
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("family")
     family = FAMILIES[request.param]
     truth = make_tiny(family, folder / "model")
-    adapters = [make_adapter(folder / f"r{rank}", truth, family, rank) for rank in RANKS]
+    adapters = [make_family_adapter(folder / f"r{rank}", truth, family, rank) for rank in RANKS]
     return Case(family, truth, folder / "model", adapters, load(folder / "model"))
 
 
@@ -172,7 +166,8 @@ def test_the_engine_answers_as_transformers_and_peft_do(name: str, tmp_path: Pat
     family = FAMILIES[name]
     model = make_tiny(family, tmp_path / "model")
     adapters = {
-        adapter: make_adapter(tmp_path / adapter, model, family, rank) for adapter, rank in (("one", 3), ("two", 8))
+        adapter: make_family_adapter(tmp_path / adapter, model, family, rank)
+        for adapter, rank in (("one", 3), ("two", 8))
     }
     bench = EngineBench(tmp_path / "model", adapters)
     requests = {

@@ -6,8 +6,7 @@ import pytest
 import torch
 from paged_model import PagedModel
 from ranks import run_ranks
-from tiny_families import FAMILIES, make_tiny
-from tiny_models import make_peft_adapter
+from tiny_families import FAMILIES, make_family_adapter, make_tiny
 from torch import Tensor
 
 from loraplex_models.adapters.cut import cut_adapter
@@ -47,10 +46,7 @@ CASES = [("Llama", 3), ("Llama", 4), *((name, 2) for name in FAMILIES if name no
 def test_ranks_together_give_the_logits_of_one(name: str, size: int, tmp_path: Path) -> None:
     family = FAMILIES[name]
     truth = make_tiny(family, tmp_path / "model")
-    adapters = [
-        make_peft_adapter(tmp_path / f"r{rank}", truth, rank=rank, target_modules=family.linears, seed=rank)
-        for rank in (4, 12, 64)
-    ]
+    adapters = [make_family_adapter(tmp_path / f"r{rank}", truth, family, rank) for rank in (4, 12, 64)]
     alone = logits(tmp_path / "model", adapters, ParallelGroup.single())
     for of_rank in run_ranks(size, tmp_path, lambda group: logits(tmp_path / "model", adapters, group)):
         for one, other in zip(alone, of_rank, strict=True):

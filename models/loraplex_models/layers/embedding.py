@@ -48,9 +48,7 @@ class Head:
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
         """Take the weight of that name, and the bias beside it where there is one, from the checkpoint."""
-        bias_name = f"{name.removesuffix('weight')}bias"
-        bias = checkpoint.take(bias_name, self._shape[:1]) if bias_name in checkpoint else None
-        self._method = self._keeping.head(LinearWeight(checkpoint.take(name, self._shape), bias), may_share=False)
+        self._method = self._keeping.head(self._read(checkpoint, name, self._shape[0]), may_share=False)
 
     def tie(self, embedding: Embedding) -> None:
         """Use the embedding's weight. Where the device has a packed layout, this makes a second copy of it."""
@@ -65,3 +63,8 @@ class Head:
         if len(hidden) == 0:
             return hidden.new_empty(0, self._shape[0])
         return self._method.apply(hidden)
+
+    def _read(self, checkpoint: Checkpoint, name: str, vocab_size: int) -> LinearWeight:
+        bias_name = f"{name.removesuffix('weight')}bias"
+        bias = checkpoint.take(bias_name, (vocab_size,)) if bias_name in checkpoint else None
+        return LinearWeight(checkpoint.take(name, (vocab_size, self._shape[1])), bias)

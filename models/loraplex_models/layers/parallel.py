@@ -73,9 +73,11 @@ class VocabHead(Head):
         self._vocab_size = vocab_size
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
-        """Take this rank's rows of the weight of that name from the checkpoint."""
-        weight = checkpoint.take(name, (self._vocab_size, self._shape[1]))
-        self._method = self._keeping.head(take_part(weight, Cut(self._vocab_size, (self._run,))), may_share=False)
+        """Take this rank's rows of the weight of that name, and of the bias beside it, from the checkpoint."""
+        whole, cut = self._read(checkpoint, name, self._vocab_size), Cut(self._vocab_size, (self._run,))
+        assert isinstance(whole.weight, Tensor)
+        bias = None if whole.bias is None else take_part(whole.bias, cut)
+        self._method = self._keeping.head(LinearWeight(take_part(whole.weight, cut), bias), may_share=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the logits [S, vocab] of hidden states [S, hidden], in their dtype."""
