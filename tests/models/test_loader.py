@@ -160,7 +160,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 
 
 REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"architectures": ["GPTJForCausalLM"]}, "'GPT2LMHeadModel' is not served; served are LlamaForCausalLM, Mistral"),
+    ({"architectures": ["GPTJForCausalLM"]}, "'GPTJForCausalLM' is not served; served are LlamaForCausalLM, Mistral"),
     ({"quantization_config": {"quant_method": "exl2"}}, "format 'exl2' are not served; served are gptq, awq"),
     ({"hidden_act": "relu"}, "activation 'relu' is not served; served are silu"),
     ({"rope_parameters": {"rope_type": "ntk"}}, "rope scaling 'ntk' is not served"),
