@@ -134,6 +134,7 @@ class CausalLM:
     """A decoder with its embedding and head. Made empty; `load` fills it. A family overrides what is different."""
 
     layer_class: type[DecoderLayer] = DecoderLayer
+    turns_shares = False  # whether the config's partial_rotary_factor leaves a share of each head unturned
     plain_format: WeightFormat | None = None  # how linears are stored that are not quantised; None: as [out, in]
 
     def __init__(self, config: ModelConfig, keeping: Keeping, group: ParallelGroup) -> None:
@@ -283,7 +284,9 @@ class CausalLM:
     def _make_rotary(self) -> Rotary:
         config = self.config
         parameters = dict(config.rope.parameters)
-        turned = int(config.head_dim * parameters.pop("partial_rotary_factor", 1.0))
+        turned = config.head_dim
+        if self.turns_shares:
+            turned = int(turned * parameters.pop("partial_rotary_factor", 1.0))
         rope = replace(config.rope, parameters=parameters)
         return Rotary(rope, turned, config.max_positions, self.dtype, self.device)
 

@@ -28,3 +28,4 @@ class Phi(CausalLM):
     """Phi-1, 1.5 and 2."""
 
     layer_class = PhiLayer
+    turns_shares = True

@@ -17,3 +17,4 @@ class Phi3(CausalLM):
     """Phi-3, Phi-3.5, Phi-4 and Phi-4-mini."""
 
     layer_class = Phi3Layer
+    turns_shares = True
