@@ -52,7 +52,7 @@ def openapi_document() -> dict[str, Any]:
                 "post": _post(
                     f"Generate text, token by token. {_STREAM_NOTE}",
                     "GenerateBody",
-                    {"text/event-stream": _ref("StreamEvent")},
+                    {"text/event-stream": _events("StreamEvent", "ErrorBody")},
                 )
             },
             "/": {
@@ -62,7 +62,7 @@ def openapi_document() -> dict[str, Any]:
                     "CompatGenerateBody",
                     {
                         "application/json": {"type": "array", "items": _ref("GenerateAnswer")},
-                        "text/event-stream": _ref("StreamEvent"),
+                        "text/event-stream": _events("StreamEvent", "ErrorBody"),
                     },
                 ),
                 "get": _get("Whether requests can be served", None, also=(503,)),
@@ -99,7 +99,10 @@ def openapi_document() -> dict[str, Any]:
                 "post": _post(
                     "Answer a conversation, as OpenAI; `model` is the base, an adapter, or base:adapter",
                     "ChatBody",
-                    {"application/json": _ref("ChatAnswer"), "text/event-stream": _ref("ChatChunk")},
+                    {
+                        "application/json": _ref("ChatAnswer"),
+                        "text/event-stream": _events("ChatChunk", "OpenAIErrorBody"),
+                    },
                     example=_CHAT_EXAMPLE,
                     error="OpenAIErrorBody",
                 )
@@ -108,7 +111,10 @@ def openapi_document() -> dict[str, Any]:
                 "post": _post(
                     "Continue one prompt or several, as OpenAI",
                     "CompletionBody",
-                    {"application/json": _ref("CompletionAnswer"), "text/event-stream": _ref("CompletionAnswer")},
+                    {
+                        "application/json": _ref("CompletionAnswer"),
+                        "text/event-stream": _events("CompletionAnswer", "OpenAIErrorBody"),
+                    },
                     example=_COMPLETION_EXAMPLE,
                     error="OpenAIErrorBody",
                 )
@@ -134,9 +140,7 @@ def openapi_document() -> dict[str, Any]:
                                 _ref("CompletionAnswer"),
                             ]
                         },
-                        "text/event-stream": {
-                            "anyOf": [_ref("StreamEvent"), _ref("ChatChunk"), _ref("CompletionAnswer")]
-                        },
+                        "text/event-stream": _events("StreamEvent", "ChatChunk", "CompletionAnswer", "ErrorBody"),
                     },
                 )
             },
@@ -150,7 +154,7 @@ def openapi_document() -> dict[str, Any]:
             },
             "/v1/models": {"get": _get("The base model, then the adapters", _ref("ModelList"))},
             "/v1/models/{model_id}": {
-                "get": _get("One model or adapter", _ref("Model"), also=(404,))
+                "get": _get("One model or adapter", _ref("Model"), also=(404, 422), error="OpenAIErrorBody")
                 | {"parameters": [{"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}]}
             },
             **_adapter_paths(),
@@ -181,22 +185,25 @@ def _adapter_paths() -> dict[str, Any]:
     info, text, outcome = (
         {"application/json": _ref("AdapterInfo")},
         {"text/plain": {"type": "string"}},
-        {"application/json": {"type": "object"}},
+        {"application/json": _ref("LoadedAdapters")},
     )
+    vllm, sglang = ("VllmErrorBody", "OpenAIErrorBody"), ("LoadedAdapters", "ErrorBody")
     load = {"lora_name": "legal", "lora_path": "my-org/legal"}
     unload = {"lora_name": "legal"}
     register = {"name": "legal", "id": "my-org/legal"}
     return {
-        "/v1/load_lora_adapter": {"post": _change("vLLM: serve an adapter", "LoadLoraBody", text, load)},
-        "/v1/unload_lora_adapter": {"post": _change("vLLM: forget an adapter", "UnloadLoraBody", text, unload)},
-        "/load_lora_adapter": {"post": _change("SGLang: serve an adapter", "LoadLoraBody", outcome, load)},
-        "/unload_lora_adapter": {"post": _change("SGLang: forget an adapter", "UnloadLoraBody", outcome, unload)},
+        "/v1/load_lora_adapter": {"post": _change("vLLM: serve an adapter", "LoadLoraBody", text, load, *vllm)},
+        "/v1/unload_lora_adapter": {"post": _change("vLLM: forget an adapter", "UnloadLoraBody", text, unload, *vllm)},
+        "/load_lora_adapter": {"post": _change("SGLang: serve an adapter", "LoadLoraBody", outcome, load, *sglang)},
+        "/unload_lora_adapter": {
+            "post": _change("SGLang: forget an adapter", "UnloadLoraBody", outcome, unload, *sglang)
+        },
         "/adapters": {
             "get": _get("Every adapter, its versions and where they are", _ref("AdapterList")),
             "post": _change("Serve an adapter under a name, by its source", "RegisterBody", info, register),
         },
         "/adapters/{name}": {
-            "get": _get("One adapter", _ref("AdapterInfo"), also=(404,)) | by_name,
+            "get": _get("One adapter", _ref("AdapterInfo"), also=(404, 422)) | by_name,
             "put": _change("Split, activate or pin versions", "ChangeBody", info, {"active": "2"}) | by_name,
             "delete": {
                 "summary": "Forget an adapter, or with name@version one version of it",
@@ -208,10 +215,36 @@ def _adapter_paths() -> dict[str, Any]:
     }
 
 
-def _change(summary: str, body: str, answers: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+def _change(summary: str, body: str, answers: dict[str, Any], example: dict[str, Any], *errors: str) -> dict[str, Any]:
     operation = _post(summary, body, answers, example=example)
-    operation["responses"] |= _errors((403,), "ErrorBody")
+    operation["responses"] |= _errors((*_GENERATION_ERRORS, 403, 409), *(errors or ("ErrorBody",)))
     return operation
+
+
+# What the managers of vLLM's and SGLang's servers read from the routes that change adapters.
+_ADAPTER_ANSWERS: dict[str, Any] = {
+    "VllmErrorBody": {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["message", "type", "param", "code"],
+                "properties": {"message": {"type": "string"}, "type": {"type": "string"}, "code": {"type": "integer"}},
+            },
+            "message": {"type": "string"},
+        },
+    },
+    "LoadedAdapters": {
+        "type": "object",
+        "required": ["success", "error_message", "loaded_adapters"],
+        "properties": {
+            "success": {"type": "boolean"},
+            "error_message": {"type": "string"},
+            "loaded_adapters": {"type": "object", "additionalProperties": {"type": "string"}},
+        },
+    },
+}
 
 
 def _component_schemas() -> dict[str, Any]:
@@ -237,21 +270,32 @@ def _component_schemas() -> dict[str, Any]:
         *(ChatAnswer, ChatChunk, CompletionAnswer, TokenCount, DetokenizedText, ChatTokens, Predictions),
     ]
     _, structs = msgspec.json.schema_components(answers, ref_template=_REF)
-    return {**bodies["$defs"], **structs}
+    return {**bodies["$defs"], **structs, **_ADAPTER_ANSWERS}
 
 
 def _ref(name: str) -> dict[str, Any]:
     return {"$ref": _REF.format(name=name)}
 
 
-def _errors(statuses: tuple[int, ...], schema: str) -> dict[str, Any]:
+def _errors(statuses: tuple[int, ...], *schemas: str) -> dict[str, Any]:
+    options = [_ref(schema) for schema in schemas]
     return {
         str(status): {
             "description": " or ".join(name for name, number in STATUS_OF_TYPE.items() if number == status),
-            "content": {"application/json": {"schema": _ref(schema)}},
+            "content": {"application/json": {"schema": options[0] if len(options) == 1 else {"anyOf": options}}},
         }
         for status in statuses
     }
+
+
+def _events(*schemas: str) -> dict[str, Any]:
+    """Server-sent events whose data is JSON of one of the schemas, or [DONE]."""
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_ref(schema) for schema in schemas]},
+    }
+    return {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}}
 
 
 def _post(
@@ -294,9 +338,10 @@ def _get(
     *,
     also: tuple[int, ...] = (),
     media_type: str = "application/json",
+    error: str = "ErrorBody",
 ) -> dict[str, Any]:
     content = {} if schema is None else {"content": {media_type: {"schema": schema}}}
     return {
         "summary": summary,
-        "responses": {"200": {"description": "the answer", **content}} | _errors(also, "ErrorBody"),
+        "responses": {"200": {"description": "the answer", **content}} | _errors(also, error),
     }

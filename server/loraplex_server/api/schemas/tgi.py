@@ -197,12 +197,12 @@ class StreamDetails(msgspec.Struct, frozen=True):
     prompt_tokens: int
 
 
-class StreamEvent(msgspec.Struct, frozen=True):
+class StreamEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One token of a stream; the last one has the text, and details if they were asked for."""
 
     index: int
     token: Token
-    top_tokens: list[Token] | msgspec.UnsetType
+    top_tokens: list[Token] | msgspec.UnsetType = msgspec.UNSET
     generated_text: str | None
     details: StreamDetails | None
 
