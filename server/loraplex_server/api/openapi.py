@@ -295,7 +295,8 @@ def _events(*schemas: str) -> dict[str, Any]:
         "contentMediaType": "application/json",
         "contentSchema": {"anyOf": [_ref(schema) for schema in schemas]},
     }
-    return {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}}
+    data_or_end = {"anyOf": [{"const": "[DONE]"}, data]}
+    return {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data_or_end}}
 
 
 def _post(
