@@ -1,6 +1,7 @@
 # make serve   a model with three adapters on http://127.0.0.1:3000 (ARGS="--port 8080" and so on)
 # make test    every check and every test
 # make check   format, lint, types, import contracts, the page of settings
+# make test-clients   released clients, lm-eval and schemathesis, each in an environment of its own
 # make bench   the benchmark (ARGS="--help")
 
 SHELL := /bin/bash
@@ -12,7 +13,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SET_UP := $(VENV)/.set-up
 
-.PHONY: help setup serve demo-model test check bench settings clean
+.PHONY: help setup serve demo-model test test-clients check bench settings clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -36,6 +37,12 @@ demo-model: setup
 
 test: setup check
 	$(BIN)/pytest $(ARGS)
+
+# Needs a package index, and node with npm; what it installs is kept in .cache/clients.
+test-clients: setup
+	$(BIN)/python tests/clients/matrix.py $(ARGS)
+	$(BIN)/python tests/clients/lm_eval_run.py
+	$(BIN)/python tests/clients/openapi_cases.py
 
 check: setup
 	$(BIN)/ruff format --check .

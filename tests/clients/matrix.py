@@ -39,10 +39,10 @@ SERVER_FLAGS = ("--num-threads", "1", "--enable-prefill-logprobs")
 
 
 @contextmanager
-def served_demo() -> Iterator[str]:
+def served_demo(*flags: str) -> Iterator[str]:
     """The address of a demo of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        server = LaunchedServer(Path(folder, "log"), "demo", *SERVER_FLAGS)
+        server = LaunchedServer(Path(folder, "log"), "demo", *SERVER_FLAGS, *flags)
         try:
             yield server.wait_ready().url
             assert server.stop() == 0, server.said
