@@ -24,7 +24,6 @@ from loraplex_server.config import ApiConfig, ServeConfig
 from loraplex_server.control import ControlLine
 from loraplex_server.errors import GenerationFailed, LoraplexError
 from loraplex_server.link import ApiLink
-from loraplex_server.messages import LoadAdapter
 from loraplex_server.metrics import Metrics
 from loraplex_server.text.chat_template import ChatTemplate, ChatTemplateError
 from loraplex_server.text.guide_check import Setup
@@ -208,8 +207,8 @@ class _ApiProcess:
     def _engine_restarts(self) -> None:
         """The engine is gone: its requests end with an error, and others wait for the next one."""
         self._client.engine_lost(GenerationFailed("Server error: the engine was lost and is started again"))
-        for spec in self._adapters.contents.specs():
-            self._client.tell(LoadAdapter(spec=spec))
+        for message in self._adapters.meet_new_engine():
+            self._client.tell(message)
         self._metrics.engine_lost()
         self._state.engine_lost()
         self._starting.cancel()
