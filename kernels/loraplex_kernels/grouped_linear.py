@@ -80,6 +80,11 @@ def pack_groups(
     )
 
 
+def unpack_groups(weight: PackedGroups) -> Tensor:
+    """Return the weight [out, in] in float32, its inputs in their own order; not for every step."""
+    return _reference.dequantize(weight).t()
+
+
 def grouped_linear(x: Tensor, weight: PackedGroups, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
     """Return x @ weight.T + bias + addend; bias and addend may be absent.
 

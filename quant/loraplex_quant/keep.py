@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from loraplex_quant.config import OnTheFly
+from loraplex_quant.gpu_groups import keep_groups
 from loraplex_quant.method import LinearWeight, QuantMethod
 from loraplex_quant.rounding import round_weight
 from loraplex_quant.small_int import keep_small_int
@@ -33,7 +34,11 @@ class Keeping:
 
     def plain(self, parts: Sequence[LinearWeight]) -> QuantMethod:
         """Keep the weights of what is never quantised on the fly, a router for example."""
-        return keep_small_int(parts, self.dtype, self.device) or Unquantized(parts, self.dtype, self.device)
+        return (
+            keep_groups(parts, self.dtype, self.device)
+            or keep_small_int(parts, self.dtype, self.device)
+            or Unquantized(parts, self.dtype, self.device)
+        )
 
     def head(self, part: LinearWeight, *, may_share: bool) -> QuantMethod:
         """Keep the head's weight; `may_share` when it lies in memory that stays."""

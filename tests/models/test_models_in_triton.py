@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from paged_model import PagedModel
+from slow_dequantization import FIXTURES
 from tiny_families import FAMILIES, make_tiny
 from tiny_models import make_peft_adapter
 
@@ -15,6 +16,7 @@ from loraplex_models.adapters.slots import AdapterSlots
 from loraplex_models.adapters.weights import load_adapter_weights
 from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
+from loraplex_quant.gpu_groups import GroupedOnGpu
 
 PROMPTS = {"base": list(range(5, 16)), "first": list(range(30, 47)), "second": [7, 9, 11]}
 SLOTS = {"base": -1, "first": 0, "second": 1}
@@ -62,3 +64,22 @@ def test_a_family_gives_the_same_logits_by_triton_and_by_the_cpu(
     for prompt in PROMPTS:
         assert (found[0][prompt] - found[1][prompt]).abs().max() < 1e-3, prompt
     assert (found[0]["first"] - found[0]["base"][:1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "name", ["autogptq-b4-g32-act-asym", "gptqmodel-g8-32-sym", "autoawq-gemm-g32", "ct-gptq-w4a16-act"]
+)
+def test_checkpoints_of_other_programs_stay_packed_and_give_the_same_logits(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for interprets in (False, True):
+        monkeypatch.setattr(dispatch, "INTERPRETS", interprets)
+        model = load_model(
+            FIXTURES / name, dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single()
+        )
+        assert isinstance(model.layers[0].qkv._method, GroupedOnGpu) is interprets
+        paged = PagedModel(model)
+        paged.add("a", list(range(3, 12)))
+        found.append(paged.run_alone("a", 9))
+    assert (found[0] - found[1]).abs().max() < 1e-3
