@@ -26,19 +26,37 @@ from loraplex_kernels.lora_pages import (
 )
 from loraplex_kernels.streams import new_stream
 from loraplex_models.adapters.slots import AdapterSlots, PreparedAdapter
+from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.forward import LoraBatch
 
 if TYPE_CHECKING:
-    from loraplex_models.adapters.weights import AdapterWeights
     from loraplex_models.decoder import CausalLM
+
+
+# By linear and part the rank there, and where its pages start in the adapter's block.
+Places = dict[tuple[int, int], tuple[int, list[int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class ArrangedWeights(AdapterWeights):
+    """An adapter as its pages will lie on the device, in host memory that a GPU reads at full speed; no modules."""
+
+    block: Tensor = field(kw_only=True)
+    places: Places = field(kw_only=True)
+    rest: PreparedAdapter = field(kw_only=True)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the pages and of what stands beside them."""
+        return self.block.nbytes + super(ArrangedWeights, self).num_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class PagedAdapter(PreparedAdapter):
-    """An adapter's pages on the device, and by linear and part its rank and where its pages start in them."""
+    """An adapter's pages on the device."""
 
     block: Tensor = field(kw_only=True)
-    places: dict[tuple[int, int], tuple[int, list[int]]] = field(kw_only=True)
+    places: Places = field(kw_only=True)
 
 
 class PagedAdapterSlots(AdapterSlots):
@@ -54,13 +72,10 @@ class PagedAdapterSlots(AdapterSlots):
         self._blocks: dict[int, PagedAdapter] = {}
         self._copies = new_stream(model.device) if model.device.type == "cuda" else None
 
-    def prepare(self, weights: "AdapterWeights") -> PagedAdapter:
-        """Check an adapter and bring it to the device beside the steps; any thread may call it.
-
-        Raises ValueError as the CPU's slots do.
-        """
+    def arrange(self, weights: AdapterWeights) -> ArrangedWeights:
+        """Check an adapter and lay it out as its pages will lie, for the host tier. Raises ValueError as `prepare`."""
         pairs, rest = self._finish(weights)
-        places: dict[tuple[int, int], tuple[int, list[int]]] = {}
+        places: Places = {}
         end = 0
         for module, (a, _) in pairs.items():
             index, part = self._places[module]
@@ -69,13 +84,26 @@ class PagedAdapterSlots(AdapterSlots):
             count = -(-len(a) // PAGE_RANKS)
             places[index, part] = (len(a), [end + page * page_size for page in range(count)])
             end += count * page_size
-        host = torch.zeros(end, dtype=self._dtype, pin_memory=self._copies is not None)
+        block = torch.zeros(end, dtype=self._dtype, pin_memory=self._copies is not None)
         for module, (a, b) in pairs.items():
             _, starts = places[self._places[module]]
             size = PAGE_RANKS * (a.shape[1] + len(b))
-            pages = host[starts[0] : starts[0] + len(starts) * size].view(len(starts), size)
+            pages = block[starts[0] : starts[0] + len(starts) * size].view(len(starts), size)
             write_pages(pages, a.to(self._dtype), b.to(self._dtype))
-        return PagedAdapter((), rest.changes, rest.embedding, rest.head, block=self._send(host), places=places)
+        return ArrangedWeights(
+            weights.digest, weights.rank, {}, weights.parts, weights.ends, block=block, places=places, rest=rest
+        )
+
+    def prepare(self, weights: AdapterWeights) -> PagedAdapter:
+        """Bring an adapter to the device beside the steps, in one copy; any thread may call it.
+
+        What `arrange` gave is only copied. Raises ValueError as the CPU's slots do.
+        """
+        arranged = weights if isinstance(weights, ArrangedWeights) else self.arrange(weights)
+        rest = arranged.rest
+        return PagedAdapter(
+            (), rest.changes, rest.embedding, rest.head, block=self._send(arranged.block), places=arranged.places
+        )
 
     def install(self, slot: int, adapter: PreparedAdapter) -> None:
         """Put an adapter into a slot, in place of what was there; no weight is copied."""

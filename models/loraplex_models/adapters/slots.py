@@ -52,6 +52,10 @@ class AdapterSlots:
         }
         self._last_route: tuple[tuple[int, ...], tuple[int, ...], LoraBatch | None] | None = None
 
+    def arrange(self, weights: "AdapterWeights") -> "AdapterWeights":
+        """Lay an adapter out in host memory as `prepare` takes it fastest; here it is so already."""
+        return weights
+
     def prepare(self, weights: "AdapterWeights") -> PreparedAdapter:
         """Check an adapter and bring it to the device; changes nothing here, so that any thread may call it.
 

@@ -63,7 +63,7 @@ class Worker:
     ):
         self._samples = samples
         self._slots = make_slots(model, num_slots, max_lora_rank)
-        self.host_cache = HostCache(read_adapter, self._slots.prepare)
+        self.host_cache = HostCache(lambda path: self._slots.arrange(read_adapter(path)), self._slots.prepare)
         self._sampler = sampler
         self._pass = ForwardPass(
             model,

@@ -92,8 +92,10 @@ class HostCache:
     def _finish_read(self, digest: str, future: Future[tuple[AdapterWeights, float]]) -> FinishedLoad:
         try:
             weights, seconds = future.result()
-        except ManifestError as error:
+        except (ManifestError, ValueError) as error:
             return FinishedLoad(digest, "host", 0, str(error))
+        except RuntimeError as error:  # torch, when no more memory can be pinned for a GPU
+            return FinishedLoad(digest, "host", 0, f"it cannot be laid out in host memory: {error}")
         except (OSError, MemoryError) as error:
             return FinishedLoad(digest, "host", 0, f"its files cannot be read: {error.__class__.__name__}")
         if weights.digest != digest:
