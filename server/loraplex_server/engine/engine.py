@@ -76,13 +76,15 @@ class Engine:
         if request.sampling.guide is None:
             self._schedule(sequence)
         else:
+            self._library.acquire(request.sampling.guide)
             self._compiling.append(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request without another word; nothing happens if it has ended already."""
-        sequence = self._sequences.pop(request_id, None)
+        sequence = self._sequences.get(request_id)
         if sequence is None:
             return
+        self._forget(sequence)
         if sequence in self._compiling:
             self._compiling.remove(sequence)
         else:
@@ -133,8 +135,7 @@ class Engine:
 
     def _schedule_compiled(self) -> None:
         """Let the sequences run whose grammars are compiled; the others wait without holding anything."""
-        grammars = self._grammars
-        assert grammars is not None, "a grammar came to an engine without a vocabulary"
+        grammars = self._library
         waiting, self._compiling = self._compiling, []
         for sequence in waiting:
             guide = sequence.request.sampling.guide
@@ -145,8 +146,18 @@ class Engine:
             else:
                 self._schedule(sequence)
 
-    def _refuse(self, sequence: Sequence, error: str) -> None:
+    @property
+    def _library(self) -> GrammarLibrary:
+        assert self._grammars is not None, "a grammar came to an engine without a vocabulary"
+        return self._grammars
+
+    def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request_id]
+        if sequence.request.sampling.guide is not None:
+            self._library.release(sequence.request.sampling.guide)
+
+    def _refuse(self, sequence: Sequence, error: str) -> None:
+        self._forget(sequence)
         self._refused.append(TokenOutput(request_id=sequence.request_id, finish_reason="error", error=error))
 
     def _advance(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
@@ -165,7 +176,7 @@ class Engine:
     def _output(self, progress: Progress, result: RowResult | None) -> TokenOutput:
         sequence = progress.sequence
         if progress.finish_reason is not None:
-            del self._sequences[sequence.request_id]
+            self._forget(sequence)
         if progress.token_id is None or result is None:
             error = progress.error if result is None else result.problem or progress.error
             return TokenOutput(request_id=sequence.request_id, finish_reason=progress.finish_reason, error=error)

@@ -11,14 +11,25 @@ from numpy.typing import NDArray
 
 from loraplex_server.text.guide_compiler import GuideError, Vocabulary, fill_mask
 
-# Compiled grammars that are kept; most are small, and the largest take some MiB.
-MAX_COMPILED = 128
+# Compiled grammars that are kept although no sequence has them; most are small, the largest take some MiB.
+MAX_IDLE = 64
+
+
+class _Entry:
+    """A grammar, compiled or on its way, and how many sequences have it."""
+
+    __slots__ = ("compilation", "num_users")
+
+    def __init__(self, compilation: Future[llguidance.LLMatcher]):
+        self.compilation = compilation
+        self.num_users = 0
 
 
 class GrammarLibrary:
     """Compiled grammars by their text, and a thread that compiles new ones. Used from one thread, the engine's.
 
-    The vocabulary is read with the first grammar, so that an engine without grammars does without it.
+    A grammar stays from `acquire` to `release`, and for a while after that. The vocabulary is read with the first
+    one, so that an engine without grammars does without it.
     """
 
     def __init__(self, model_path: str, vocab_size: int, end_token_ids: Sequence[int]):
@@ -26,24 +37,45 @@ class GrammarLibrary:
         self._vocab_size = vocab_size
         self._end_token_ids = sorted(end_token_ids)
         self._vocabulary: Vocabulary | None = None
-        self._compiled: OrderedDict[str, Future[llguidance.LLMatcher]] = OrderedDict()
+        self._entries: dict[str, _Entry] = {}
+        self._idle: OrderedDict[str, None] = OrderedDict()  # those without users, the longest idle first
         self._thread: ThreadPoolExecutor | None = None
 
+    def acquire(self, grammar: str) -> None:
+        """Keep a grammar for one more sequence; one that is not known begins to be compiled."""
+        entry = self._entries.get(grammar)
+        if entry is None:
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+            entry = self._entries[grammar] = _Entry(self._thread.submit(self._compile, grammar))
+        entry.num_users += 1
+        self._idle.pop(grammar, None)
+
+    def release(self, grammar: str) -> None:
+        """Keep a grammar for one sequence less."""
+        entry = self._entries[grammar]
+        entry.num_users -= 1
+        if entry.num_users == 0:
+            self._idle[grammar] = None
+            if len(self._idle) > MAX_IDLE:
+                oldest, _ = self._idle.popitem(last=False)
+                self._entries.pop(oldest).compilation.cancel()
+
     def is_ready(self, grammar: str) -> bool:
-        """Whether a grammar is compiled, or was found to be bad; when it is not known its compilation begins."""
-        return self._compilation(grammar).done()
+        """Whether an acquired grammar is compiled, or was found to be bad."""
+        return self._entries[grammar].compilation.done()
 
     def error_of(self, grammar: str) -> str | None:
-        """Why a grammar cannot be used, or None; waits where `is_ready` says no."""
+        """Why an acquired grammar cannot be used, or None; waits where `is_ready` says no."""
         try:
-            self._compilation(grammar).result()
+            self._entries[grammar].compilation.result()
         except GuideError as error:
             return str(error)
         return None
 
     def new_matcher(self, grammar: str) -> llguidance.LLMatcher:
-        """A matcher of its own at the beginning of a text. Raises GuideError; waits where `is_ready` says no."""
-        return self._compilation(grammar).result().deep_copy()
+        """A matcher of an acquired grammar, at the beginning of a text. Raises GuideError."""
+        return self._entries[grammar].compilation.result().deep_copy()
 
     @property
     def num_mask_words(self) -> int:
@@ -55,18 +87,6 @@ class GrammarLibrary:
         """End the thread."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _compilation(self, grammar: str) -> Future[llguidance.LLMatcher]:
-        found = self._compiled.get(grammar)
-        if found is None:
-            if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-            found = self._compiled[grammar] = self._thread.submit(self._compile, grammar)
-            if len(self._compiled) > MAX_COMPILED:
-                self._compiled.popitem(last=False)
-        else:
-            self._compiled.move_to_end(grammar)
-        return found
 
     def _compile(self, grammar: str) -> llguidance.LLMatcher:
         if self._vocabulary is None:  # only this thread sets it

@@ -11,6 +11,7 @@ from engines import EngineBench
 from tiny_llm import make_tiny_world
 from tiny_tokenizer import byte_tokenizer
 
+from loraplex_server.engine import guided
 from loraplex_server.engine.logits import keep_allowed
 from loraplex_server.text.guide_compiler import grammar_of
 from loraplex_server.text.guides import Guide, choice_guide, regex_guide, schema_guide
@@ -167,6 +168,23 @@ def test_a_request_that_leaves_while_its_grammar_compiles_or_runs_holds_nothing(
     bench.run()
     assert text_of(bench, "next") in ("yes", "no")
     assert bench.engine.blocks.num_used == 0
+
+
+def test_more_grammars_than_are_kept_are_each_compiled_once(
+    bench: EngineBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(guided, "MAX_IDLE", 2)
+    bench.start()
+    library = bench.engine._library
+    compile_one = library._compile
+    monkeypatch.setattr(library, "_compile", lambda grammar: (compiled.append(grammar), compile_one(grammar))[1])
+    for number in range(9):
+        bench.add(str(number), PROMPT, guide=grammar(choice_guide("c", [f"text {number}"])), max_new_tokens=20)
+    bench.run()
+    assert [text_of(bench, str(number)) for number in range(9)] == [f"text {number}" for number in range(9)]
+    assert len(compiled) == len(set(compiled)) == 9
+    assert len(library._entries) == 2  # none of them in use
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
