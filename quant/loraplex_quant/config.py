@@ -18,7 +18,8 @@ class QuantConfig:
     """How the quantised linears of a checkpoint are stored.
 
     `layout` is v1, v1-words or v2 for gptq; gemm or gemv for awq; pack-quantized for compressed-tensors; int8, nf4 or
-    fp4 for bitsandbytes. `group_size` inputs of an output share a scale, -1 for all of them.
+    fp4 for bitsandbytes; fp8 for fp8, and for compressed-tensors in that form. `group_size` inputs of an output share a
+    scale, -1 for all of them.
     """
 
     method: str
@@ -26,6 +27,7 @@ class QuantConfig:
     bits: int
     group_size: int = -1
     is_symmetric: bool = True
+    block: tuple[int, int] | None = None  # fp8: outputs and inputs that share a scale; None: one, or one an output
 
     @property
     def name(self) -> str:
@@ -162,14 +164,19 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> QuantConfig:
     if len(groups) != 1:
         raise _refuse(name, "config_groups", f"of {len(groups)} schemes", "one scheme")
     group, weights = groups[0], groups[0]["weights"]
+    stored = group.get("format") or raw.get("format")
+    is_fp8 = stored == "float-quantized" and weights.get("type") == "float" and weights["num_bits"] == 8
     for key in ("input_activations", "output_activations"):
-        if group.get(key):
+        if group.get(key) and not (is_fp8 and key == "input_activations"):
             raise _refuse(name, key, "quantised", "weights only")
     if raw.get("kv_cache_scheme") or raw.get("transform_config") or _is_sparse(raw.get("sparsity_config")):
         raise _refuse(name, "a KV cache scheme, transforms or sparsity", "set", "weights only")
-    stored = group.get("format") or raw.get("format")
+    if is_fp8:
+        if weights.get("strategy") not in ("tensor", "channel", "block"):
+            raise _refuse(name, "strategy", weights.get("strategy"), "tensor, channel, block")
+        return QuantConfig(name, "fp8", 8, block=_block(name, weights.get("block_structure")))
     if stored != "pack-quantized":
-        raise _refuse(name, "format", stored, "pack-quantized")
+        raise _refuse(name, "format", stored, "pack-quantized, float-quantized in 8 bits")
     if weights.get("type", "int") != "int" or weights["num_bits"] not in COMPRESSED_BITS:
         raise _refuse(name, "weights", f"{weights.get('type')}{weights['num_bits']}", "int4, int8")
     if weights.get("strategy") not in ("group", "channel"):
@@ -177,6 +184,20 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> QuantConfig:
     size = weights["group_size"] if weights["strategy"] == "group" else -1
     is_symmetric = bool(weights.get("symmetric", True))
     return QuantConfig(name, stored, weights["num_bits"], _group_size(name, size), is_symmetric)
+
+
+def _fp8(raw: Mapping[str, Any]) -> QuantConfig:
+    if raw.get("fmt", "e4m3") != "e4m3":
+        raise _refuse("fp8", "fmt", raw["fmt"], "e4m3")
+    return QuantConfig("fp8", "fp8", 8, block=_block("fp8", raw.get("weight_block_size")))
+
+
+def _block(method: str, value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2 or not all(type(size) is int and size > 0 for size in value):
+        raise _refuse(method, "a block of", value, "two whole numbers above 0")
+    return value[0], value[1]
 
 
 def _is_sparse(sparsity: Mapping[str, Any] | None) -> bool:
@@ -197,4 +218,6 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any]], QuantConfig]] = {
     "awq": _awq,
     "compressed-tensors": _compressed_tensors,
     "bitsandbytes": _bitsandbytes,
+    "fp8": _fp8,
+    "fbgemm_fp8": _fp8,
 }

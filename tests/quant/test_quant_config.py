@@ -28,6 +28,12 @@ def compressed(**changes: Any) -> dict[str, Any]:
     return COMPRESSED | {"config_groups": {"group_0": {"weights": SCHEME | changes}}}
 
 
+FLOAT_SCHEME = {"num_bits": 8, "type": "float", "strategy": "channel"}
+FLOATS = COMPRESSED | {
+    "format": "float-quantized",
+    "config_groups": {"group_0": {"weights": FLOAT_SCHEME, "input_activations": {"num_bits": 8, "dynamic": True}}},
+}
+
 SERVED: list[tuple[dict[str, Any] | None, QuantConfig | None]] = [
     (None, None),
     (GPTQ, QuantConfig("gptq", "v1", 4, 128, True)),
@@ -46,6 +52,9 @@ SERVED: list[tuple[dict[str, Any] | None, QuantConfig | None]] = [
     ),
     ({"quant_method": "bitsandbytes", "load_in_8bit": True}, QuantConfig("bitsandbytes", "int8", 8)),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, QuantConfig("bitsandbytes", "fp4", 4)),
+    (FLOATS, QuantConfig("compressed-tensors", "fp8", 8)),
+    ({"quant_method": "fp8", "weight_block_size": [128, 64]}, QuantConfig("fp8", "fp8", 8, block=(128, 64))),
+    ({"quant_method": "fbgemm_fp8"}, QuantConfig("fp8", "fp8", 8)),
 ]
 
 
@@ -80,6 +89,9 @@ REFUSED: list[tuple[Any, str]] = [
     (compressed(type="float", num_bits=8), "weights float8"),
     (compressed(strategy="tensor"), "strategy tensor"),
     (COMPRESSED | {"format": "float-quantized"}, "format float-quantized"),
+    (FLOATS | {"kv_cache_scheme": {"num_bits": 8}}, "weights only"),
+    ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt e5m2"),
+    ({"quant_method": "fp8", "weight_block_size": [128]}, r"a block of \[128\]"),
     (COMPRESSED | {"kv_cache_scheme": {"num_bits": 8}}, "weights only"),
     (COMPRESSED | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "weights only"),
     (COMPRESSED | {"config_groups": {}}, "config_groups of 0 schemes"),

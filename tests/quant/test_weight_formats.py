@@ -175,3 +175,34 @@ def test_an_awq_group_size_that_does_not_divide_the_inputs_is_refused(version: s
 def test_a_linear_that_does_not_fill_words_is_refused() -> None:
     with pytest.raises(QuantFormatError, match=r"\[32, 60\] does not fill whole words"):
         dequantize({"quant_method": "gptq", "bits": 4, "group_size": -1}, {}, 60, 32)
+
+
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [16, 24]}
+
+
+@pytest.mark.parametrize(
+    ("config", "suffix", "shape"),
+    [
+        ({"quant_method": "fp8"}, "weight_scale", ()),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "weight_scale", (1,)),
+        ({"quant_method": "fbgemm_fp8"}, "weight_scale", (40, 1)),
+        (BLOCKS, "weight_scale_inv", (3, 3)),
+    ],
+)
+def test_floats_of_8_bits_with_scales_of_any_reach(config: dict[str, Any], suffix: str, shape: tuple[int, ...]) -> None:
+    numbers = torch.randn(40, 60, generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn)
+    scale = scales(shape or (1,)).view(shape)
+    tensors = {"weight": numbers, suffix: scale, "input_scale": scales((1,))}
+    ours = dequantize(config, tensors, 60, 40)
+    by_hand = torch.empty(40, 60)
+    for row in range(40):
+        for column in range(60):
+            place = {0: (), 1: (0,), 2: (row // 16, column // 24)}[len(shape)] if shape != (40, 1) else (row, 0)
+            by_hand[row, column] = numbers[row, column].float() * scale[place]
+    assert torch.equal(ours, by_hand)
+
+
+def test_scales_that_fit_no_block_are_refused() -> None:
+    tensors = {"weight": torch.zeros(40, 60).to(torch.float8_e4m3fn), "weight_scale_inv": scales((2, 3))}
+    with pytest.raises(QuantFormatError, match=r"shape \[2, 3\].* block of \[16, 24\]"):
+        dequantize(BLOCKS, tensors, 60, 40)
