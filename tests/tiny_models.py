@@ -77,6 +77,8 @@ def make_peft_adapter(
 ) -> Path:
     """Let peft write an adapter with random A and random non-zero B for `model` to `folder`; `model` stays as it was.
 
+    (But for what `bias`, `modules_to_save` and the like have peft train in place: give it a copy then.)
+
     `overrides` are further fields of LoraConfig (use_rslora, rank_pattern, layers_to_transform, …); whatever they make
     trainable gets other values. Outputs with the adapter differ clearly from those without; `scale` makes it weaker or
     stronger.

@@ -8,6 +8,7 @@ from torch import Tensor
 from loraplex_kernels.kv_cache import HeadNorms
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
 from loraplex_models.config import ModelConfig
+from loraplex_models.cuts import split
 from loraplex_models.forward import AttentionBatch, ForwardBatch, LoraBatch
 from loraplex_models.layers.activation import GATED_ACTIVATIONS
 from loraplex_models.layers.attention import Attention, AttentionPlan, KVCache, plan_attention
@@ -209,6 +210,11 @@ class CausalLM:
             return self._head.dequantize()
         linear, columns = self._linear_of(module)
         return linear.dequantize()[columns]
+
+    @property
+    def first_token(self) -> int:
+        """The token whose row is the first that this rank has of the embedding and the head."""
+        return split(self.config.vocab_size, self.group.size, self.group.rank)[0]
 
     def base_bias(self, module: str) -> Tensor | None:
         """Return the bias of a linear, [out] in float32; None where it has none."""

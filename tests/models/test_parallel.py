@@ -1,16 +1,21 @@
 """A model over several ranks, in threads, against the same model on one."""
 
+import copy
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from paged_model import PagedModel
 from ranks import run_ranks
 from tiny_families import FAMILIES, make_family_adapter, make_tiny
+from tiny_models import make_peft_adapter, make_tiny_llama
 from torch import Tensor
 
 from loraplex_models.adapters.cut import cut_adapter
-from loraplex_models.adapters.manifest import check_adapter
+from loraplex_models.adapters.finish import check_against_base
+from loraplex_models.adapters.manifest import ManifestError, check_adapter
 from loraplex_models.adapters.slots import AdapterSlots
 from loraplex_models.adapters.weights import load_adapter_weights
 from loraplex_models.config import read_config
@@ -28,7 +33,9 @@ def logits(folder: Path, adapters: list[Path], group: ParallelGroup) -> list[Ten
     slots = AdapterSlots(model, len(adapters) or 1)
     for slot, adapter in enumerate(adapters):
         weights = load_adapter_weights(adapter, check_adapter(adapter, config, max_rank=64), dtype=torch.float32)
-        slots.set(slot, cut_adapter(weights, RankPart(config, group.rank, group.size)))
+        weights = cut_adapter(weights, RankPart(config, group.rank, group.size))
+        check_against_base(weights, model)
+        slots.set(slot, weights)
     paged = PagedModel(model, slots=slots)
     names = [str(slot) for slot in range(-1, len(adapters))]
     for name in names:
@@ -51,3 +58,41 @@ def test_ranks_together_give_the_logits_of_one(name: str, size: int, tmp_path: P
     for of_rank in run_ranks(size, tmp_path, lambda group: logits(tmp_path / "model", adapters, group)):
         for one, other in zip(alone, of_rank, strict=True):
             torch.testing.assert_close(other, one, rtol=0, atol=1e-3)
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "DoRA by outputs": {"use_dora": True, "target_modules": ["q_proj", "v_proj", "gate_proj"]},
+    "biases": {"bias": "all", "lora_bias": True},
+    "copies": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "both ends": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "rows": {"trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [300, 7]}},
+}
+
+
+def test_what_adapters_bring_beside_products_is_the_same_on_several_ranks(tmp_path: Path) -> None:
+    truth = make_tiny_llama(tmp_path / "model", attention_bias=True, mlp_bias=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft saves embeddings too, and says so
+        adapters = [
+            make_peft_adapter(tmp_path / name, copy.deepcopy(truth), seed=seed, **fields)
+            for seed, (name, fields) in enumerate(FEATURES.items())
+        ]
+    alone = logits(tmp_path / "model", adapters, ParallelGroup.single())
+    for of_rank in run_ranks(2, tmp_path, lambda group: logits(tmp_path / "model", adapters, group)):
+        for name, one, other in zip(["base", *FEATURES], alone, of_rank, strict=True):
+            assert (one - other).abs().max() < 1e-3, name
+
+
+@pytest.mark.parametrize("targets", [["o_proj"], ["down_proj"], ["lm_head"]])
+def test_dora_on_what_is_cut_by_inputs_or_tokens_is_refused_on_several_ranks(
+    targets: list[str], tmp_path: Path
+) -> None:
+    truth = make_tiny_llama(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapter = make_peft_adapter(tmp_path / "a", truth, target_modules=targets, use_dora=True)
+    config = read_config(tmp_path / "model")
+    weights = load_adapter_weights(adapter, check_adapter(adapter, config, max_rank=64), dtype=torch.float32)
+    with pytest.raises(ManifestError, match="--num-shard 1") as caught:
+        cut_adapter(weights, RankPart(config, 0, 2))
+    assert caught.value.error_type == "adapter_unsupported"

@@ -1,11 +1,14 @@
-"""An adapter's weights as one rank holds them: B is cut with a linear's outputs, A with its inputs."""
+"""An adapter's weights as one rank holds them: B is cut with a linear's outputs, A with its inputs.
+
+What it does to the embedding and the head every rank has whole: it is applied to what the ranks have put together.
+"""
 
 from dataclasses import replace
 
 from torch import Tensor
 
 from loraplex_models.adapters.refusal import ManifestError
-from loraplex_models.adapters.weights import AdapterWeights
+from loraplex_models.adapters.weights import AdapterWeights, ModuleParts
 from loraplex_models.checkpoint import take_part
 from loraplex_models.cuts import CutError, RankPart
 
@@ -17,14 +20,37 @@ def cut_adapter(weights: AdapterWeights, part: RankPart) -> AdapterWeights:
     """
     if part.size == 1:
         return weights
-    if weights.parts or weights.ends:
-        module = next(iter(weights.parts or weights.ends))
-        raise ManifestError(
-            f"the adapter changes {module} by more than a product of A and B (DoRA, a bias, or trained rows), which is "
-            f"not served on {part.size} ranks: serve it with --num-shard 1",
-            "adapter_unsupported",
-        )
-    return replace(weights, modules={name: _cut_module(name, a, b, part) for name, (a, b) in weights.modules.items()})
+    if any(end.parts.magnitude is not None for end in weights.ends.values()):
+        raise _refused("the embedding or the head", part)
+    return replace(
+        weights,
+        modules={name: _cut_module(name, a, b, part) for name, (a, b) in weights.modules.items()},
+        parts={name: _cut_parts(name, parts, part) for name, parts in weights.parts.items()},
+    )
+
+
+def _refused(where: str, part: RankPart) -> ManifestError:
+    return ManifestError(
+        f"DoRA on {where} is not served on {part.size} ranks, each of which has a part of the rows of weights whose"
+        " lengths it sets: serve it with --num-shard 1",
+        "adapter_unsupported",
+    )
+
+
+def _cut_parts(name: str, parts: ModuleParts, part: RankPart) -> ModuleParts:
+    cut = part.linear(name)
+    if cut is None:
+        return parts
+    if cut.inputs is not None:
+        if parts.magnitude is not None:
+            raise _refused(name, part)
+        # The ranks' outputs are summed: one of them brings the biases, the one that has the base's.
+        return parts if cut.has_bias else ModuleParts()
+    magnitude, b_bias, bias = (
+        None if vector is None else take_part(vector, cut.outputs)
+        for vector in (parts.magnitude, parts.b_bias, parts.bias)
+    )
+    return ModuleParts(magnitude, b_bias, bias)
 
 
 def _cut_module(name: str, a: Tensor, b: Tensor, part: RankPart) -> tuple[Tensor, Tensor]:

@@ -34,14 +34,11 @@ class OutputChange:
 
     def apply(self, out: Tensor) -> None:
         """Change `out`, [rows, out] of any float type, in place; computed in float32."""
-        change = out.float()
         if self.gain_minus_one is not None:
-            change = change * self.gain_minus_one
-            if self.shift is not None:
-                change += self.shift
+            change = out.float() * self.gain_minus_one
+            out += change if self.shift is None else change + self.shift
         elif self.shift is not None:
-            change = self.shift.float().expand_as(change)
-        out += change
+            out += self.shift
 
 
 class LinearExtras:

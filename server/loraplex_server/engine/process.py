@@ -92,8 +92,7 @@ def build_worker(
             weights = merge_adapters([read_whole(part.path) for part in source.parts], source)
         else:
             weights = read_whole(source)
-        if group.size > 1:
-            return cut_adapter(weights, part)
+        weights = cut_adapter(weights, part)
         check_against_base(weights, model)
         return weights
 

@@ -254,3 +254,26 @@ def test_plain_adapters_carry_nothing_more(world: World) -> None:
     lora = slots.route((0, 3), (0,))
     assert lora is not None
     assert lora.extras is None and lora.embedding is None and lora.head is None and not any(lora.tables)
+
+
+def test_dora_takes_its_lengths_from_a_quantised_base_as_it_is_served(tmp_path: Path) -> None:
+    truth = make_tiny_llama(tmp_path / "model")
+    model = load_model(
+        tmp_path / "model", dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single(),
+        quantize="bitsandbytes-nf4",
+    )  # fmt: skip
+    plain = {name: parameter.clone() for name, parameter in truth.named_parameters()}
+    with torch.no_grad():
+        for site in model.lora_sites:
+            truth.get_submodule(f"model.{site.module}").weight.copy_(model.base_weight(site.module))
+        differences = [(parameter - plain[name]).abs().max() for name, parameter in truth.named_parameters()]
+    assert max(differences) > 0.01, "nothing was quantised"
+    adapter = make_peft_adapter(tmp_path / "dora", truth, use_dora=True)
+    slots = AdapterSlots(model, 1)
+    manifest = check_adapter(adapter, model.config, max_rank=64)
+    slots.set(0, load_adapter_weights(adapter, manifest, dtype=torch.float32))
+    paged = PagedModel(model, slots=slots)
+    tokens = list(range(3, 40))
+    paged.add("a", tokens, 0)
+    error = (paged.run_alone("a", 30) - peft_logits(adapter, truth, [tokens])[0]).abs().max()
+    assert error < TOLERANCE
