@@ -217,7 +217,9 @@ class CausalLM:
         return split(self.config.vocab_size, self.group.size, self.group.rank)[0]
 
     def base_bias(self, module: str) -> Tensor | None:
-        """Return the bias of a linear, [out] in float32; None where it has none."""
+        """Return the bias of a linear or of lm_head, [out] in float32; None where it has none."""
+        if module == "lm_head":
+            return self._head.bias()
         linear, columns = self._linear_of(module)
         bias = linear.bias()
         return None if bias is None else bias[columns]

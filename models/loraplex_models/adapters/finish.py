@@ -25,7 +25,7 @@ class BaseModel(Protocol):
         ...
 
     def base_bias(self, module: str) -> Tensor | None:
-        """Return the bias of a linear, [out] in float32; None where it has none."""
+        """Return the bias of a linear or of lm_head, [out] in float32; None where it has none."""
         ...
 
     @property
@@ -42,6 +42,13 @@ def check_against_base(weights: AdapterWeights, base: BaseModel) -> None:
                 f"the adapter has a trained bias of {module}, which has none in the base model", "adapter_incompatible"
             )
     for name, end in weights.ends.items():
+        is_replaced = end.weight is not None or end.rows is not None
+        if is_replaced and name == "lm_head" and base.base_bias(name) is not None:
+            raise ManifestError(
+                "copies of lm_head and rows of it are not served on a base whose head has a bias: train lm_head with"
+                " LoRA",
+                "adapter_unsupported",
+            )
         if end.base_copy is not None:
             own = base.base_weight(name)
             copy = end.base_copy[base.first_token : base.first_token + len(own)]
@@ -79,7 +86,8 @@ def finish_end(base: BaseModel, name: str, end: EndParts) -> EndChange:
         # An embedding's rows of weights are the columns of its matrix.
         weight = base.base_weight(name)
         gain, pair = _gain(weight.t() if name == "embed_tokens" else weight, pair, end.parts.magnitude)
-        change = OutputChange(gain - 1, None)
+        bias = base.base_bias(name) if name == "lm_head" else None
+        change = OutputChange(gain - 1, None if bias is None else (1 - gain) * bias)
     elif end.parts.b_bias is not None:
         change = OutputChange(None, end.parts.b_bias)
     a, b = (None, None) if pair is None else pair

@@ -218,6 +218,13 @@ class Fit:
                 f"{shown(names['full copy' if 'full copy' in names else 'rows'])} and another change of {name} exclude"
                 " each other: save the adapter again"
             )
+        # Beside LoRA on the head PEFT writes the base's own bias.
+        bias = names.get("bias")
+        if bias is not None and (self._lora.features.bias != "none" or ".base_layer." not in bias):
+            raise ManifestError(
+                f"tensor {shown(bias)}: trained biases are served of the layers' linears only: train with bias 'none'",
+                "adapter_unsupported",
+            )
         ids: tuple[int, ...] = ()
         if rows := names.get("rows"):
             ids = self._lora.features.token_ids.get(name, ())

@@ -27,7 +27,7 @@ ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
     ("bias", re.compile(r"(?P<path>.+?)(?:\.base_layer)?\.(?P<adapter>)bias")),
 )
 LINEAR_ROLES = frozenset(("A", "B", "B bias", "magnitude", "bias"))
-END_ROLES = frozenset(("A", "B", "B bias", "magnitude", "full copy", "rows", "base copy"))
+END_ROLES = frozenset(("A", "B", "B bias", "magnitude", "full copy", "rows", "base copy", "bias"))
 SERVED_PATH = re.compile(
     r"(?P<prefix>(?:model\.)?(?:language_model\.)?(?:model\.)?)"
     r"(?P<module>layers\.(?:0|[1-9]\d{0,5})\.(?P<kind>(?:self_attn|mlp)\.[a-z_]+))"

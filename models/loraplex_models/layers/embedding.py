@@ -58,6 +58,11 @@ class Head:
         """Return the weight [vocab, hidden] in float32, in memory of its own; not for every step."""
         return self._method.dequantize()
 
+    def bias(self) -> Tensor | None:
+        """Return the bias [vocab] in float32, None where there is none; not for every step."""
+        found = self._method.bias
+        return None if found is None else found.float()
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the logits [S, vocab] of hidden states [S, hidden], in their dtype."""
         if len(hidden) == 0:

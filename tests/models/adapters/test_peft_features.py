@@ -12,11 +12,12 @@ import pytest
 import torch
 from paged_model import PagedModel
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
+from tiny_families import FAMILIES, make_tiny
 from tiny_models import load_peft, make_peft_adapter, make_tiny_llama, peft_warnings_ignored
 from transformers import PreTrainedModel
 
 from loraplex_models.adapters.finish import check_against_base
-from loraplex_models.adapters.manifest import check_adapter
+from loraplex_models.adapters.manifest import ManifestError, check_adapter
 from loraplex_models.adapters.slots import AdapterSlots
 from loraplex_models.adapters.weights import load_adapter_weights
 from loraplex_models.decoder import CausalLM
@@ -277,3 +278,27 @@ def test_dora_takes_its_lengths_from_a_quantised_base_as_it_is_served(tmp_path: 
     paged.add("a", tokens, 0)
     error = (paged.run_alone("a", 30) - peft_logits(adapter, truth, [tokens])[0]).abs().max()
     assert error < TOLERANCE
+
+
+def test_a_head_with_a_bias_keeps_it_under_dora_and_is_not_replaced(tmp_path: Path) -> None:
+    truth = make_tiny(FAMILIES["Phi-2"], tmp_path / "model")
+    assert truth.lm_head.bias is not None
+    model = load_model(
+        tmp_path / "model", dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft saves the base's head too, and says so
+        adapter = make_peft_adapter(
+            tmp_path / "dora", copy.deepcopy(truth), use_dora=True, target_modules=["q_proj", "lm_head"]
+        )
+        rows = make_peft_adapter(
+            tmp_path / "rows", copy.deepcopy(truth), target_modules=["q_proj"], trainable_token_indices={"lm_head": [5]}
+        )
+    world = World(model, truth, {"dora": adapter, "rows": rows})
+    paged = PagedModel(model, slots=filled(world, ["dora"]))
+    tokens = list(range(3, 30))
+    paged.add("a", tokens, 0)
+    error = (paged.run_alone("a", 20) - peft_logits(adapter, truth, [tokens])[0]).abs().max()
+    assert error < TOLERANCE
+    with pytest.raises(ManifestError, match="head has a bias"):
+        filled(world, ["rows"])
