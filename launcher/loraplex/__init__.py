@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraplex.llm import LLM as LLM
+    from loraplex.llm_engine import EngineArgs as EngineArgs
+    from loraplex.llm_engine import LLMEngine as LLMEngine
     from loraplex.lora_request import LoRARequest as LoRARequest
     from loraplex.outputs import CompletionOutput as CompletionOutput
     from loraplex.outputs import RequestOutput as RequestOutput
@@ -18,6 +20,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "loraplex.llm",
+    "EngineArgs": "loraplex.llm_engine",
+    "LLMEngine": "loraplex.llm_engine",
     "LoRARequest": "loraplex.lora_request",
     "SamplingParams": "loraplex.sampling_params",
     "RequestOutput": "loraplex.outputs",

@@ -39,7 +39,7 @@ LoRAOf = LoRARequest | Sequence[LoRARequest | None] | None
 
 
 @dataclass(slots=True, kw_only=True)
-class _Request:
+class OpenRequest:
     """One prompt, checked, and the sequences that are generated for it."""
 
     request_id: str
@@ -173,6 +173,18 @@ class LLM:
     def _chat_template(self) -> ChatTemplate | None:
         return ChatTemplate.load(self._text_folder)
 
+    @property
+    def engine(self) -> OfflineEngine:
+        """What generates; for `LLMEngine`, which steps it by itself."""
+        return self._engine
+
+    def open_request(self, prompt: PromptType, params: SamplingParams, lora_request: LoRARequest | None) -> OpenRequest:
+        """One prompt, checked as `generate` does, with the sequences that the engine is to be given."""
+        (one,) = read_prompts(prompt)
+        request = self._admit(one, True, params, lora_request)
+        request.jobs = self._jobs(request)
+        return request
+
     def close(self) -> None:
         """End the threads; nothing can be generated any more."""
         with self._lock:
@@ -211,7 +223,7 @@ class LLM:
             for request in requests:
                 request.jobs = self._jobs(request)
             self._generate(requests, use_tqdm)
-        outputs = [self._output(request) for request in requests]
+        outputs = [self.output_of(request) for request in requests]
         for output in outputs:
             for completion in output.outputs:
                 if completion.error is not None:
@@ -219,7 +231,7 @@ class LLM:
                     warnings.warn(message, RuntimeWarning, stacklevel=3)
         return outputs
 
-    def _generate(self, requests: list[_Request], use_tqdm: bool | Callable[..., Any]) -> None:
+    def _generate(self, requests: list[OpenRequest], use_tqdm: bool | Callable[..., Any]) -> None:
         jobs = [job for request in requests for job in request.jobs]
         if not use_tqdm:
             self._engine.run(jobs, lambda _: None)
@@ -230,7 +242,7 @@ class LLM:
 
     def _admit(
         self, prompt: Prompt, add_special_tokens: bool, params: SamplingParams, lora_request: LoRARequest | None
-    ) -> _Request:
+    ) -> OpenRequest:
         params.check()
         self._check_vocabulary("stop_token_ids", params.stop_token_ids or ())
         self._check_vocabulary("allowed_token_ids", params.allowed_token_ids or ())
@@ -244,7 +256,7 @@ class LLM:
         if not 1 <= len(token_ids) <= longest:
             raise ValueError(f"a prompt must have 1 to {longest} tokens (max_model_len). Given: {len(token_ids)}")
         self._num_requests += 1
-        return _Request(
+        return OpenRequest(
             request_id=str(self._num_requests - 1),
             prompt=prompt,
             token_ids=token_ids,
@@ -273,7 +285,7 @@ class LLM:
         if number is not None and most != -1 and not 0 <= number <= most:
             raise ValueError(f"{name} must be 0 to {most}, or LLM(max_logprobs=…) raised. Given: {number}")
 
-    def _jobs(self, request: _Request) -> list[Job]:
+    def _jobs(self, request: OpenRequest) -> list[Job]:
         params, limits = request.params, self._engine.limits
         room = limits.max_total_tokens - len(request.token_ids)
         sampling = params.for_engine(
@@ -316,7 +328,8 @@ class LLM:
             bad_words=bad_word_tokens(params.bad_words or (), self._tokenizer),
         )
 
-    def _output(self, request: _Request) -> RequestOutput:
+    def output_of(self, request: OpenRequest) -> RequestOutput:
+        """What was generated for a request whose sequences have all ended."""
         jobs = request.jobs
         if request.params.best_of is not None:
             jobs = sorted(jobs, key=lambda job: -job.completion.cumulative_logprob)

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 
 from loraplex.completion import OpenCompletion
@@ -63,21 +63,56 @@ class OfflineEngine:
             raise LaunchError(str(error)) from None
         self.model_config = model.config
         self._engine = build_engine(self.config, model, self.limits)
+        self._waiting: deque[Job] = deque()
+        self._running: dict[str, Job] = {}
 
     def run(self, jobs: Iterable[Job], on_end: Callable[[Job], object]) -> None:
         """Generate all sequences, and tell of each that has ended; when it is interrupted none goes on."""
-        waiting = deque(jobs)
-        running: dict[str, Job] = {}
+        for job in jobs:
+            self.submit(job)
         try:
-            while waiting or running:
-                while waiting and len(running) < BATCHES_AHEAD * self.config.max_batch_size:
-                    job = waiting.popleft()
-                    running[job.request.request_id] = job
-                    self._add(job)
-                self._step(running, on_end)
+            while self.has_work:
+                for job in self.step():
+                    on_end(job)
         finally:
-            for request_id in running:
-                self._engine.abort(request_id)
+            self.cancel({job.request.request_id for job in self._waiting} | self._running.keys())
+
+    def submit(self, job: Job) -> None:
+        """Let a sequence begin with one of the next steps."""
+        self._waiting.append(job)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence has not ended."""
+        return bool(self._waiting or self._running)
+
+    def step(self) -> list[Job]:
+        """One step of the engine; returns the sequences that have ended with it."""
+        while self._waiting and len(self._running) < BATCHES_AHEAD * self.config.max_batch_size:
+            job = self._waiting.popleft()
+            self._running[job.request.request_id] = job
+            self._add(job)
+        step = self._engine.step()
+        if step is None:
+            time.sleep(LOADING_WAIT_S)
+            return []
+        ended: list[Job] = []
+        for output in step.outputs:
+            running = self._running.get(output.request_id)
+            if running is None or not running.completion.feed(output):
+                continue
+            del self._running[output.request_id]
+            if output.finish_reason is None:  # a stop string ended it, of which the engine knows nothing
+                self._engine.abort(output.request_id)
+            ended.append(running)
+        return ended
+
+    def cancel(self, request_ids: Set[str]) -> None:
+        """Let these sequences go on no more."""
+        self._waiting = deque(job for job in self._waiting if job.request.request_id not in request_ids)
+        for request_id in self._running.keys() & request_ids:
+            del self._running[request_id]
+            self._engine.abort(request_id)
 
     def close(self) -> None:
         """End the threads that read adapters."""
@@ -87,17 +122,3 @@ class OfflineEngine:
         if job.adapter is not None:
             self._engine.load_adapter(job.adapter)
         self._engine.add(job.request)
-
-    def _step(self, running: dict[str, Job], on_end: Callable[[Job], object]) -> None:
-        step = self._engine.step()
-        if step is None:
-            time.sleep(LOADING_WAIT_S)
-            return
-        for output in step.outputs:
-            job = running.get(output.request_id)
-            if job is None or not job.completion.feed(output):
-                continue
-            del running[output.request_id]
-            if output.finish_reason is None:  # a stop string ended it, of which the engine knows nothing
-                self._engine.abort(output.request_id)
-            on_end(job)

@@ -55,8 +55,8 @@ def test_one_mixed_call_gives_token_for_token_what_the_server_gives(
     assert [(one.outputs[0].text, one.outputs[0].token_ids) for one in outputs] == expected
 
 
-def test_there_are_the_two_scripts_of_vllms_pages_and_one_that_chats() -> None:
-    assert ["lora_request" in script for script in SCRIPTS] == [False, True, True]
+def test_there_are_the_scripts_of_vllms_pages_and_one_that_chats() -> None:
+    assert ["lora_request" in script for script in SCRIPTS] == [False, True, True, True]
     assert all(MODEL_NAME in script for script in SCRIPTS)
 
 
