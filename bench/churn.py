@@ -1,6 +1,6 @@
 """Change adapters under running traffic, over HTTP, and check that no answer comes from a version that was not served.
 
-An operator replaces, splits (canary), pins, registers and deletes names without pause, over pools far smaller than all
+Operators replace, split (canary), pin, register and delete names without pause, over pools far smaller than all
 contents, while clients ask for the names, for single versions and for the base, and some of them leave early. A version
 may answer a request if it was served at any moment between the request's sending and its first token. Ends with 1 when
 an answer is wrong, a request fails without cause, or something is held when all is over.
@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 NUM_CONTENTS = 60
 NUM_NAMES = 12
+NUM_OPERATORS = 3  # each with names of its own
 NUM_TOKENS = 8
 NUM_PROMPTS = 3
 PROMPT_LENGTH = 20
@@ -75,6 +76,18 @@ class Name:
         return {span.content for span in self.spans if span.begin <= end and span.end >= begin}
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What came of a request: judged when all changes are known, since a change's answer may come after its effect."""
+
+    name: str | None
+    prompt: int
+    sent: float
+    until: float  # the first token, or the refusal
+    token_ids: list[int]
+    error: str
+
+
 class Churn:
     """The operator, the clients, and what they have seen."""
 
@@ -86,6 +99,8 @@ class Churn:
         self._draw = random.Random(0)
         self._names = {f"name-{number}": Name() for number in range(NUM_NAMES)}
         self._http = httpx.AsyncClient(base_url=f"http://{target.host}:{target.port}", timeout=120)
+        self._seen: list[Seen] = []
+        self._is_over = False
         self.seen: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.rss_mib: list[float] = []
@@ -94,19 +109,22 @@ class Churn:
         """All of it; afterwards no name is left."""
         self._prompts = prompts
         turns = iter(range(num_requests))
-        operator = asyncio.create_task(self._operate())
+        names = [*self._names]
+        operators = [asyncio.create_task(self._operate(names[i::NUM_OPERATORS])) for i in range(NUM_OPERATORS)]
         await asyncio.gather(*(self._client(turns, num_requests) for _ in range(num_clients)))
-        operator.cancel()
-        await asyncio.gather(operator, return_exceptions=True)
+        self._is_over = True
+        await asyncio.gather(*operators)
+        for one in self._seen:
+            self._judge(one)
         for name in self._names:
             await self._http.delete(f"/adapters/{name}")
         await self._wait_until_idle()
         await self._http.aclose()
 
-    async def _operate(self) -> None:
+    async def _operate(self, names: list[str]) -> None:
         acts = (self._replace, self._replace, self._add_version, self._split, self._pin, self._delete)
-        while True:
-            await self._draw.choice(acts)(self._draw.choice([*self._names]))
+        while not self._is_over:
+            await self._draw.choice(acts)(self._draw.choice(names))
             await asyncio.sleep(self._draw.random() * 0.05)
 
     async def _register(self, name: str, **fields: Any) -> tuple[str, str] | None:
@@ -190,21 +208,25 @@ class Churn:
                         break
                     first = first or time.perf_counter()
                     token_ids.append(event["token"]["id"])
-        until = first or time.perf_counter()
-        allowed = {None} if name is None else self._names[name].allowed(sent, until)
         if leaves_after is not None and not error:
             self.seen["left early"] += 1
-        elif error:
-            is_due = "adapter_not_found" in error and name is not None and None in allowed
+        else:
+            self._seen.append(Seen(name, prompt, sent, first or time.perf_counter(), token_ids, error))
+
+    def _judge(self, seen: Seen) -> None:
+        allowed = {None} if seen.name is None else self._names[seen.name].allowed(seen.sent, seen.until)
+        if seen.error:
+            is_due = "adapter_not_found" in seen.error and seen.name is not None and None in allowed
             self.seen["not found, as it should be" if is_due else "failed"] += 1
             if not is_due:
-                self.wrong.append(f"{name}: {error[:300]}")
-        else:
-            served = allowed if name is None else allowed - {None}
-            met = any(self._answers[content][prompt].is_met_by(token_ids) for content in served)
-            self.seen["right" if met else "wrong"] += 1
-            if not met:
-                self.wrong.append(f"{name}, prompt {prompt}: {token_ids}, none of {sorted(map(str, served))}")
+                self.wrong.append(f"{seen.name}: {seen.error[:300]}")
+            return
+        served = allowed if seen.name is None else allowed - {None}
+        met = any(self._answers[content][seen.prompt].is_met_by(seen.token_ids) for content in served)
+        self.seen["right" if met else "wrong"] += 1
+        if not met:
+            fitting = [content for content, own in self._answers.items() if own[seen.prompt].is_met_by(seen.token_ids)]
+            self.wrong.append(f"{seen.name}: the answer of {fitting}, served were {sorted(map(str, served))}")
 
     async def _wait_until_idle(self) -> None:
         deadline = time.perf_counter() + IDLE_TIMEOUT_S

@@ -93,10 +93,12 @@ class Engine:
 
     def load_adapter(self, spec: AdapterSpec) -> None:
         """Make an adapter version known."""
+        self._has_news = True
         self.adapters.register(spec)
 
     def unload_adapter(self, digest: str) -> None:
         """Forget an adapter version; sequences that use it go on to their end."""
+        self._has_news = True
         self.adapters.forget(digest)
 
     def keep_adapter(self, digest: str, is_kept: bool) -> None:
@@ -113,6 +115,7 @@ class Engine:
         """Plan, execute, advance. None when nothing could run and there is nothing to say."""
         for load in self._executor.finished_loads():
             self.adapters.finished(load)
+            self._has_news = True
         if self._compiling:
             self._schedule_compiled()
         outputs, self._refused = self._refused, []

@@ -2,6 +2,7 @@
 
 import itertools
 
+import msgspec
 import pytest
 
 from loraplex_server.config import AdapterConfig, EngineConfig
@@ -173,3 +174,14 @@ def test_an_idle_engine_says_nothing_twice():
     bench.run()
     outputs = [bench.engine.step() for _ in range(5)]
     assert sum(output is not None for output in outputs) <= 1
+
+
+def test_the_reports_tell_of_adapters_that_come_and_go_while_nothing_runs():
+    bench = Bench(ScriptedExecutor())
+    bench.run()
+    bench.engine.load_adapter(msgspec.structs.replace(SPEC, digest="e"))
+    reports = [bench.engine.step()]
+    bench.engine.unload_adapter("e")
+    reports.append(bench.engine.step())
+    assert [o.stats.num_adapters_registered for o in reports if o is not None and o.stats is not None] == [2, 1]
+    assert bench.engine.step() is None
