@@ -2,8 +2,9 @@
 
 A tenant is whatever the scheduler shares fairly between: an adapter, an API key, or what a header says. Its counter
 grows with the tokens it is served (Sheng et al., «Fairness in Serving Large Language Models», 2024); the tenant with
-the lowest counter is next. A tenant that comes back after a pause is lifted to the lowest counter of those that wait:
-credit is not hoarded. Nobody idles while others wait, so the bound on unfairness is what fits into the batch.
+the lowest counter is next. Beside the counters runs the virtual time of fair queueing (Parekh and Gallager, 1993): what
+a tenant would have been served that always had its share. Who comes back after a pause is lifted to it, so that credit
+is not hoarded; and since it moves on however many new tenants come, none is passed by ever newer ones.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from loraplex_server.engine.sequence import Sequence
 # What a token costs: a generated one reads all weights alone, those of a prompt share a pass.
 PROMPT_TOKEN_COST = 1
 OUTPUT_TOKEN_COST = 2
+# So far ahead of the virtual time, in tokens, a tenant may be when it comes back: what it was served while nobody else
+# needed it is not held against it for long.
+MAX_LEAD = 2048
 # Counters of tenants with nothing to do that are kept; the one idle for longest is forgotten first.
 MAX_IDLE_TENANTS = 4096
 
@@ -46,7 +50,7 @@ class FairQueue:
         self._served: dict[str, float] = {}  # idle tenants too, as far as remembered; those last served come last
         self._num_waiting: dict[str, int] = {}  # by tenant, never 0
         self._last_start: dict[str, float] = {}  # of the tenants that wait
-        self._last_tenant = ""  # the one that stopped waiting last
+        self._virtual_time = 0.0
         self._len = 0
 
     def __len__(self) -> int:
@@ -71,6 +75,7 @@ class FairQueue:
     def charge(self, tenant: str, cost: float) -> None:
         """Count what a tenant was served."""
         self._served[tenant] = self._served.get(tenant, 0.0) + cost
+        self._virtual_time += cost / (len(self._num_waiting) or 1)
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait behind the older ones of its lane."""
@@ -111,13 +116,11 @@ class FairQueue:
         if not self._num_waiting[tenant]:
             del self._num_waiting[tenant]
             self._last_start.pop(tenant, None)
-            self._last_tenant = tenant
 
     def _lift(self, tenant: str) -> None:
-        level = min((self.served(other) for other in self._num_waiting), default=self.served(self._last_tenant))
+        counter = self._served.pop(tenant, 0.0)
         # Taken out and put back, so that the tenants that came last stand last.
-        self._served[tenant] = max(self._served.pop(tenant, 0.0), level)
+        self._served[tenant] = min(max(counter, self._virtual_time), self._virtual_time + MAX_LEAD)
         if len(self._served) > MAX_IDLE_TENANTS + len(self._num_waiting):
-            keep = (tenant, self._last_tenant)
-            idle = next(name for name in self._served if name not in self._num_waiting and name not in keep)
+            idle = next(name for name in self._served if name not in self._num_waiting and name != tenant)
             del self._served[idle]

@@ -1,6 +1,7 @@
 """Turns and bounds, counted in steps and tokens on a scheduler whose model says the same token for ever."""
 
 import random
+from collections.abc import Callable
 from statistics import mean
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from loraplex_server.engine.adapters.host_cache import FinishedLoad
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.block_manager import BlockManager
-from loraplex_server.engine.fair_queue import MAX_IDLE_TENANTS, OUTPUT_TOKEN_COST, FairQueue
+from loraplex_server.engine.fair_queue import MAX_IDLE_TENANTS, MAX_LEAD, OUTPUT_TOKEN_COST, FairQueue
 from loraplex_server.engine.scheduler import Scheduler
 from loraplex_server.engine.sequence import Sequence, Status, new_sequence
 from loraplex_server.messages import AdapterSpec, GenerateRequest, SamplingParams
@@ -31,11 +32,20 @@ def a_sequence(order: int, tenant: str | None, adapter: str | None = None, num_p
 class Simulation:
     """A step takes one second. What each tenant was served is counted as FairQueue weighs it."""
 
-    def __init__(self, *, num_rows: int = 8, budget: int = 64, num_slots: int = 4, num_blocks: int = 4096):
-        self.adapters = AdapterManager(num_slots, host_budget_bytes=10**9, device_budget_bytes=10**9)
+    def __init__(
+        self,
+        *,
+        num_rows: int = 8,
+        budget: int = 64,
+        num_slots: int = 4,
+        num_blocks: int = 4096,
+        host_adapters: int = 10**9,
+    ):
+        self.adapters = AdapterManager(num_slots, host_budget_bytes=host_adapters, device_budget_bytes=10**9)
+        self.on_load: Callable[[FinishedLoad], None] = self.adapters.finished
         self.now = 0
         self.scheduler = Scheduler(
-            BlockManager(num_blocks, 4),
+            BlockManager(4096, 4),
             self.adapters,
             max_batch_size=num_rows,
             max_prefill_tokens=budget,
@@ -71,7 +81,7 @@ class Simulation:
             self.served[tenant] = self.served.get(tenant, 0) + cost
         for op in plan.adapter_ops:
             if op.kind in ("host_load", "device_load"):
-                self.adapters.finished(FinishedLoad(op.digest, "host" if op.kind == "host_load" else "device", 1, None))
+                self.on_load(FinishedLoad(op.digest, "host" if op.kind == "host_load" else "device", 1, None))
         for progress in self.scheduler.advance(plan, {s.row: 7 for s in plan.sequences if s.samples}):
             if progress.finish_reason:
                 self.ended[progress.sequence.order] = self.now
@@ -151,6 +161,35 @@ def test_a_tenant_that_runs_without_ever_waiting_gives_newcomers_no_credit_over_
     queue.charge("first", 10_000)
     queue.add(a_sequence(1, "second"))
     assert queue.served("second") == 10_000
+
+
+def test_a_tenant_that_comes_back_is_not_passed_by_ever_newer_ones():
+    simulation = Simulation(num_rows=1)
+    simulation.add("returns")
+    for number in range(8):
+        simulation.add(f"first {number}")
+    back: Sequence | None = None
+    for step in range(BOUND - 1):
+        if step % 4 == 0:
+            simulation.add(f"new {step}")
+        if step == 5:
+            back = simulation.add("returns")
+        simulation.step()
+    for _ in range(BOUND):
+        simulation.step()
+    assert back is not None
+    later = [order for order in simulation.ended if order > back.order]
+    assert sum(simulation.ended[order] < simulation.ended[back.order] for order in later) <= 3
+
+
+def test_what_a_tenant_took_while_nobody_needed_it_is_forgiven_but_for_a_bounded_rest():
+    queue = FairQueue()
+    for number in range(10):
+        queue.add(a_sequence(number, f"waiting {number}"))
+    queue.charge("busy", 10**6)
+    queue.add(a_sequence(11, "newcomer"))
+    queue.add(a_sequence(12, "busy"))
+    assert queue.served("busy") - queue.served("newcomer") == MAX_LEAD
 
 
 def test_a_short_prompt_does_not_wait_for_the_long_one_of_another_tenant():
@@ -250,3 +289,34 @@ def test_a_request_beyond_the_bound_is_begun_before_any_other():
         simulation.step()
     assert simulation.ended[early.order] < simulation.ended[late.order]
     assert early.status is Status.FINISHED
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0], ids=["uniform", "skewed"])
+def test_a_thousand_adapters_over_small_pools_keep_every_request_below_the_bound(exponent: float):
+    num_adapters, num_clients, load_steps = 1000, 32, 3
+    simulation = Simulation(num_rows=64, num_slots=32, host_adapters=200)
+    names = [f"adapter {number}" for number in range(num_adapters)]
+    for name in names:
+        simulation.register(name)
+    weights = [1 / (rank + 1) ** exponent for rank in range(num_adapters)]
+    draw = random.Random(0)
+    loading: list[tuple[int, FinishedLoad]] = []
+    simulation.on_load = lambda load: loading.append((simulation.now + load_steps, load))
+    begun: dict[int, int] = {}
+    clients: list[Sequence | None] = [None] * num_clients
+    for _ in range(600):
+        for client, sequence in enumerate(clients):
+            if sequence is None or sequence.order in simulation.ended:
+                (name,) = draw.choices(names, weights)
+                clients[client] = simulation.add(None, name, 8, 4)
+        for due, load in list(loading):
+            if due <= simulation.now:
+                loading.remove((due, load))
+                simulation.adapters.finished(load)
+        simulation.step()
+        for sequence in simulation.scheduler.running:
+            begun.setdefault(sequence.order, simulation.now)
+        assert simulation.adapters.host.used_bytes <= 200 and simulation.adapters.device.used_bytes <= 32
+    waits = sorted(begun[order] - simulation.arrived[order] for order in begun)
+    assert waits[-1] < BOUND and len(simulation.ended) > 500
+    assert simulation.now - min(simulation.arrived[s.order] for s in clients if s and s.order not in begun) < BOUND
