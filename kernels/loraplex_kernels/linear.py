@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from loraplex_kernels.cpu import few_rows as _few_rows
 from loraplex_kernels.cpu import linear as _cpu
+from loraplex_kernels.cpu.few_rows import product
 from loraplex_kernels.cpu.linear import PackedWeight as PackedWeight
-from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
+from loraplex_kernels.lora import Deltas, add_deltas
 from loraplex_kernels.reference import linear as _reference
 
 
@@ -23,28 +23,22 @@ def unpack_weight(weight: Tensor | PackedWeight) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, addend: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+    deltas: Deltas | None = None,
 ) -> Tensor:
-    """Return x @ weight.T + bias + addend; bias and addend may be absent.
+    """Return x @ weight.T + bias + addend + the adapters' deltas; all but the product may be absent.
 
     x: [T, in], rows dense; weight: [out, in], plain or from `pack_weight`; bias: [out]; addend: [T, out].
     """
-    if isinstance(weight, PackedWeight):
-        return _cpu.linear(x, weight, bias, addend)
-    return _reference.linear(x, weight, bias, addend)
-
-
-def linear_with_deltas(
-    x: Tensor,
-    weight: Tensor | PackedWeight,
-    bias: Tensor | None,
-    addend: Tensor | None,
-    table: LoraTable,
-    segments: LoraSegments,
-) -> Tensor:
-    """Return what `linear` does, plus each token's adapter delta (see `lora_shrink` and `lora_expand`)."""
-    if isinstance(weight, PackedWeight) and _cpu.has_few_rows(x, weight):
-        return _few_rows.product(x, weight.address, weight.out_size, bias, addend, table, segments)
-    out = linear(x, weight, bias, addend)
-    lora_expand(lora_shrink(x, table, segments), table, segments, out)
+    if not isinstance(weight, PackedWeight):
+        out = _reference.linear(x, weight, bias, addend)
+    elif weight.blocks is not None and len(x) <= _cpu.FEW_ROWS:
+        return product(x, weight.blocks, bias, addend, deltas)
+    else:
+        out = _cpu.linear(x, weight, bias, addend)
+    if deltas is not None:
+        add_deltas(x, deltas, out)
     return out

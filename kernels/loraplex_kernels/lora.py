@@ -1,6 +1,7 @@
 """The LoRA delta of a batch whose tokens have different adapters, in two calls: shrink and expand."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +67,18 @@ class LoraSegments:
         self._slots = torch.tensor(slots, dtype=torch.int32)
         self.starts_address = self._starts.data_ptr()
         self.slots_address = self._slots.data_ptr()
+
+
+class Deltas(NamedTuple):
+    """What the adapters of a batch add to one linear layer."""
+
+    table: LoraTable
+    segments: LoraSegments
+
+
+def add_deltas(x: Tensor, deltas: Deltas, out: Tensor) -> None:
+    """Add each token's delta in place: `lora_shrink`, then `lora_expand`. x: [T, in]; out: [T, out], both dense."""
+    lora_expand(lora_shrink(x, *deltas), *deltas, out)
 
 
 def lora_shrink(x: Tensor, table: LoraTable, segments: LoraSegments) -> Tensor:

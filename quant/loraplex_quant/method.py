@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from loraplex_kernels.lora import Deltas
 from loraplex_quant.grouped import GroupedWeight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,8 +30,8 @@ class QuantMethod(Protocol):
     num_bytes: int  # of weight and bias as they are kept
     bias: Tensor | None  # [out], in the type of activations
 
-    def apply(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Return x @ weight.T, plus the bias where there is one, plus `addend` where it is given."""
+    def apply(self, x: Tensor, addend: Tensor | None = None, deltas: Deltas | None = None) -> Tensor:
+        """Return x @ weight.T, plus the bias where there is one, plus `addend` and the adapters' deltas where given."""
         ...
 
     def dequantize(self) -> Tensor:

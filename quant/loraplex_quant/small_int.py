@@ -1,18 +1,21 @@
 """Weights kept as whole numbers of 8 or 4 bits, which saves memory and, at a few rows, time."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from loraplex_kernels.lora import Deltas, add_deltas
 from loraplex_kernels.small_int import (
-    INT4_GROUPS,
     int4_linear,
     int8_linear,
     is_int4_kept,
     is_int8_kept,
     pack_int4,
+    pack_int8,
     unpack_int4,
+    unpack_int8,
 )
 from loraplex_quant.grouped import GroupedWeight
 from loraplex_quant.method import LinearWeight, QuantMethod
@@ -25,20 +28,21 @@ INT4_ZERO = 8
 class Int8:
     """Signed numbers of 8 bits and a scale for each output. See `QuantMethod`."""
 
-    def __init__(self, weights: Sequence[GroupedWeight], bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weights: Sequence[GroupedWeight], bias: Tensor | None) -> None:
         """Keep weights of 8 bits without groups, whose zeros are 128."""
-        self._numbers = torch.cat([weight.numbers for weight in weights]).bitwise_xor_(INT8_ZERO).view(torch.int8)
-        self._scales = torch.cat([weight.scales.flatten() for weight in weights]).to(dtype)
+        numbers = torch.cat([weight.numbers for weight in weights]).bitwise_xor_(INT8_ZERO).view(torch.int8)
+        self._packed = pack_int8(numbers)
+        self._scales = torch.cat([weight.scales.flatten() for weight in weights]).float()
         self.bias = bias
-        self.num_bytes = self._numbers.nbytes + self._scales.nbytes + (0 if bias is None else bias.nbytes)
+        self.num_bytes = self._packed.nbytes + self._scales.nbytes + (0 if bias is None else bias.nbytes)
 
-    def apply(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Return x @ weight.T + bias + addend."""
-        return int8_linear(x, self._numbers, self._scales, self.bias, addend)
+    def apply(self, x: Tensor, addend: Tensor | None = None, deltas: Deltas | None = None) -> Tensor:
+        """Return x @ weight.T + bias + addend + deltas."""
+        return int8_linear(x, self._packed, self._scales, self.bias, addend, deltas)
 
     def dequantize(self) -> Tensor:
         """Return the weight in float32."""
-        return self._numbers.float().mul_(self._scales.float().unsqueeze(1))
+        return unpack_int8(self._packed).float().mul_(self._scales.unsqueeze(1))
 
 
 class Int4:
@@ -55,20 +59,25 @@ class Int4:
         self._order = order
         self._packed = pack_int4(numbers if order is None else numbers.index_select(1, order))
         self._groups = torch.cat([_scales_and_offsets(weight, group_size) for weight in weights], dim=1)
-        self._group_size = group_size
         self.bias = bias
         kept = [self._packed, self._groups] + [tensor for tensor in (order, bias) if tensor is not None]
         self.num_bytes = sum(tensor.nbytes for tensor in kept)
 
-    def apply(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Return x @ weight.T + bias + addend."""
-        if self._order is not None:
-            x = x.index_select(1, self._order)
-        return int4_linear(x, self._packed, self._groups, self._group_size, self.bias, addend)
+    def apply(self, x: Tensor, addend: Tensor | None = None, deltas: Deltas | None = None) -> Tensor:
+        """Return x @ weight.T + bias + addend + deltas."""
+        if self._order is None:
+            return int4_linear(x, self._packed, self._groups, self.bias, addend, deltas)
+        out = int4_linear(x.index_select(1, self._order), self._packed, self._groups, self.bias, addend)
+        if deltas is not None:
+            add_deltas(x, deltas, out)
+        return out
 
     def dequantize(self) -> Tensor:
-        """Return the weight in float32, as exact as bfloat16."""
-        weight = unpack_int4(self._packed, self._groups, self._group_size)
+        """Return the weight in float32."""
+        numbers = unpack_int4(self._packed)
+        grouped = numbers.float().sub_(INT4_ZERO).view(len(numbers), len(self._groups), -1)
+        scales, offsets = self._groups.float().permute(2, 1, 0).unsqueeze(-1)
+        weight = grouped.mul_(scales).add_(offsets).flatten(1)
         return weight if self._order is None else torch.empty_like(weight).index_copy_(1, self._order, weight)
 
 
@@ -77,8 +86,10 @@ def keep_small_int(parts: Sequence[LinearWeight], dtype: torch.dtype, device: to
     weights = [part.weight for part in parts if isinstance(part.weight, GroupedWeight)]
     if len(weights) < len(parts):
         return None
-    if all(_is_int8(weight) for weight in weights) and is_int8_kept(weights[0].shape[1], dtype, device):
-        return Int8(weights, stacked_bias(parts, dtype, device), dtype)
+    if all(_is_int8(weight) for weight in weights) and is_int8_kept(
+        sum(weight.shape[0] for weight in weights), dtype, device
+    ):
+        return Int8(weights, stacked_bias(parts, dtype, device))
     if all(weight.bits == INT4_BITS for weight in weights):
         group_size, order = _common_group_size(weights), _common_order(weights)
         out_size, in_size = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
@@ -97,10 +108,10 @@ def _is_int8(weight: GroupedWeight) -> bool:
 
 
 def _common_group_size(weights: Sequence[GroupedWeight]) -> int:
-    """The largest group size that the kernel knows and that divides those of all the weights; 0 if there is none."""
+    """The largest group size that divides those of all the weights; 0 where one has groups of different sizes."""
     in_size = weights[0].shape[1]
     sizes = [in_size // weight.scales.shape[1] if in_size % weight.scales.shape[1] == 0 else 0 for weight in weights]
-    return next((size for size in INT4_GROUPS if all(found and found % size == 0 for found in sizes)), 0)
+    return math.gcd(*sizes) if all(sizes) else 0
 
 
 def _common_order(weights: Sequence[GroupedWeight]) -> Tensor | None:

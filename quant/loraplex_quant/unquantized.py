@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraplex_kernels.linear import linear, linear_with_deltas, pack_weight, unpack_weight
-from loraplex_kernels.lora import LoraSegments, LoraTable
+from loraplex_kernels.linear import linear, pack_weight, unpack_weight
+from loraplex_kernels.lora import Deltas
 from loraplex_quant.grouped import plain
 from loraplex_quant.method import LinearWeight
 
@@ -28,13 +28,9 @@ class Unquantized:
         if self.bias is not None:
             self.num_bytes += self.bias.nbytes
 
-    def apply(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Return x @ weight.T + bias + addend."""
-        return linear(x, self._weight, self.bias, addend)
-
-    def apply_with_deltas(self, x: Tensor, addend: Tensor | None, table: LoraTable, segments: LoraSegments) -> Tensor:
-        """Return x @ weight.T + bias + addend + each token's adapter delta, in one pass where the device has one."""
-        return linear_with_deltas(x, self._weight, self.bias, addend, table, segments)
+    def apply(self, x: Tensor, addend: Tensor | None = None, deltas: Deltas | None = None) -> Tensor:
+        """Return x @ weight.T + bias + addend + deltas."""
+        return linear(x, self._weight, self.bias, addend, deltas)
 
     def dequantize(self) -> Tensor:
         """Return the weight in float32."""

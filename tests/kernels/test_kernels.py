@@ -77,7 +77,7 @@ def test_few_rows_of_bfloat16_equal_sums_in_float64(
 
 def test_a_row_gives_the_same_whatever_rows_are_beside_it() -> None:
     x, weight = torch.randn(FEW_ROWS, 96).bfloat16(), pack_weight(torch.randn(128, 96).bfloat16())
-    if not (isinstance(weight, PackedWeight) and weight.address):
+    if not (isinstance(weight, PackedWeight) and weight.blocks):
         pytest.skip("this processor multiplies few rows by oneDNN")
     with torch.inference_mode():
         alone = [linear(row, weight) for row in x.split(1)]

@@ -5,8 +5,8 @@ import torch
 
 from loraplex_kernels.cpu.linear import FEW_ROWS
 from loraplex_kernels.cpu.lora import MIN_LONG_SEGMENT
-from loraplex_kernels.linear import linear_with_deltas, pack_weight
-from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
+from loraplex_kernels.linear import linear, pack_weight
+from loraplex_kernels.lora import Deltas, LoraSegments, LoraTable, lora_expand, lora_shrink
 from loraplex_kernels.reference.lora import lora_delta
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -128,6 +128,6 @@ def test_deltas_added_within_the_product_equal_sums_in_float64(mix: str, has_add
                         delta = x[start:end].double() @ a.double().T @ b.double().T
                         truth[start:end, first : first + len(b)] += delta
     with torch.inference_mode():
-        ours = linear_with_deltas(x, pack_weight(weight), None, addend, table, segments)
+        ours = linear(x, pack_weight(weight), None, addend, Deltas(table, segments))
     # One rounding to 8 bits, of a sum whose terms were rounded to 24.
     assert ((ours.double() - truth).abs() <= truth.abs() * 2**-8 + 1e-2).all()

@@ -3,14 +3,23 @@
 import pytest
 import torch
 
-from loraplex_kernels.cpu.small_int import MANY_ROWS_INT4, MANY_ROWS_INT8
+from loraplex_kernels.cpu.small_int import FEW_ROWS
 from loraplex_kernels.reference.small_int import int4_weight
-from loraplex_kernels.small_int import int4_linear, int8_linear, is_int4_kept, is_int8_kept, pack_int4, unpack_int4
+from loraplex_kernels.small_int import (
+    int4_linear,
+    int8_linear,
+    is_int4_kept,
+    is_int8_kept,
+    pack_int4,
+    pack_int8,
+    unpack_int4,
+    unpack_int8,
+)
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
-# One rounding to bfloat16, and one more for each thing that is added.
-TOLERANCE = 3 * 2**-8
+# One rounding to bfloat16, and one more for each thing that is added; of weights too where they are widened.
+TOLERANCE = 4 * 2**-8
 
 
 def numbers(*shape: int, low: int, high: int, dtype: torch.dtype) -> torch.Tensor:
@@ -25,58 +34,57 @@ def check(out: torch.Tensor, truth: torch.Tensor) -> None:
     assert (out.double() - truth).abs().max() < TOLERANCE * truth.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
-@pytest.mark.parametrize("num_rows", [1, 3, MANY_ROWS_INT8, 40])
-@pytest.mark.parametrize("in_size", [70, 96])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7, FEW_ROWS, FEW_ROWS + 1, 40])
+@pytest.mark.parametrize(("out_size", "in_size"), [(64, 70), (192, 96)])
 @pytest.mark.parametrize("with_more", [False, True])
-def test_products_with_8_bits(num_rows: int, in_size: int, with_more: bool, dtype: torch.dtype) -> None:
-    weight, scales = numbers(48, in_size, low=-127, high=128, dtype=torch.int8), random(48).abs().to(dtype)
-    x = random(num_rows, in_size, seed=3).to(dtype)
-    bias, addend = (random(48, seed=4).to(dtype), random(num_rows, 48, seed=5).to(dtype)) if with_more else (None, None)
+def test_products_with_8_bits(num_rows: int, out_size: int, in_size: int, with_more: bool) -> None:
+    weight, scales = numbers(out_size, in_size, low=-127, high=128, dtype=torch.int8), random(out_size).abs()
+    x = random(num_rows, in_size, seed=3).to(BF16)
+    bias, addend = random(out_size, seed=4).to(BF16), random(num_rows, out_size, seed=5).to(BF16)
     truth = x.double() @ (weight.double() * scales.double()[:, None]).T
-    if bias is not None and addend is not None:
-        truth += bias.double() + addend.double()
-    check(int8_linear(x, weight, scales, bias, addend), truth)
+    if not with_more:
+        check(int8_linear(x, pack_int8(weight), scales), truth)
+        return
+    check(int8_linear(x, pack_int8(weight), scales, bias, addend), truth + bias.double() + addend.double())
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("out_size", [16, 64, 80, 192])
-@pytest.mark.parametrize("num_rows", [1, 5, MANY_ROWS_INT4, 130])
+@pytest.mark.parametrize("group_size", [2, 32, 128, 256])
+@pytest.mark.parametrize("out_size", [64, 192])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, FEW_ROWS, FEW_ROWS + 1, 130])
 @pytest.mark.parametrize("with_more", [False, True])
 def test_products_with_4_bits(num_rows: int, out_size: int, group_size: int, with_more: bool) -> None:
     packed = pack_int4(weight := numbers(out_size, 256, low=0, high=16, dtype=torch.uint8))
     groups = random(256 // group_size, out_size, 2).to(BF16)
     x = random(num_rows, 256, seed=3).to(BF16)
-    bias, addend = (random(out_size, seed=4).to(BF16), random(num_rows, out_size, seed=5).to(BF16))
+    bias, addend = random(out_size, seed=4).to(BF16), random(num_rows, out_size, seed=5).to(BF16)
     truth = x.double() @ int4_weight(weight, groups).double().T
     if not with_more:
-        check(int4_linear(x, packed, groups, group_size), truth)
+        check(int4_linear(x, packed, groups), truth)
         return
-    truth += bias.double() + addend.double()
-    check(int4_linear(x, packed, groups, group_size, bias, addend), truth)
+    check(int4_linear(x, packed, groups, bias, addend), truth + bias.double() + addend.double())
 
 
-@pytest.mark.parametrize("out_size", [16, 96, 176])
-def test_packed_numbers_can_be_had_again(out_size: int) -> None:
-    weight = numbers(out_size, 64, low=0, high=16, dtype=torch.uint8)
-    groups = random(2, out_size, 2).to(BF16)
-    truth = int4_weight(weight, groups)
-    assert (unpack_int4(pack_int4(weight), groups, 32) - truth).abs().max() <= 2**-8 * truth.abs().max()
+def test_packed_numbers_can_be_had_again() -> None:
+    signed = numbers(128, 70, low=-127, high=128, dtype=torch.int8)
+    assert torch.equal(unpack_int8(pack_int8(signed)), signed)
+    small = numbers(128, 70, low=0, high=16, dtype=torch.uint8)
+    assert torch.equal(unpack_int4(pack_int4(small)), small)
 
 
-def test_rows_do_not_depend_on_the_others_of_their_batch() -> None:
+def test_a_row_gives_the_same_whatever_rows_are_beside_it() -> None:
     packed = pack_int4(numbers(64, 64, low=0, high=16, dtype=torch.uint8))
-    groups, x = random(2, 64, 2).to(BF16), random(8, 64, seed=3).to(BF16)
-    together = int4_linear(x, packed, groups, 32)
-    assert torch.equal(together[3:4], int4_linear(x[3:4], packed, groups, 32))
+    x, groups = random(FEW_ROWS, 64, seed=3).to(BF16), random(2, 64, 2).to(BF16)
+    together = int4_linear(x, packed, groups)
+    for row in range(FEW_ROWS):
+        assert torch.equal(together[row : row + 1], int4_linear(x[row : row + 1], packed, groups))
 
 
-def test_what_is_kept_in_small_numbers() -> None:
-    assert is_int8_kept(96, BF16, CPU)
-    assert not is_int8_kept(96, torch.float32, CPU)
-    assert not is_int8_kept(70, BF16, CPU)
-    assert is_int4_kept(32, 96, 32, BF16, CPU)
-    assert not is_int4_kept(32, 96, 32, torch.float32, CPU)
-    assert not is_int4_kept(24, 96, 32, BF16, CPU)
-    assert not is_int4_kept(32, 96, 64, BF16, CPU)
-    assert not is_int4_kept(32, 96, 16, BF16, CPU)
+def test_what_has_no_kernel_is_not_kept() -> None:
+    assert is_int8_kept(128, BF16, CPU)
+    assert not is_int8_kept(128, torch.float32, CPU)
+    assert not is_int8_kept(96, BF16, CPU)
+    assert is_int4_kept(64, 96, 32, BF16, CPU)
+    assert not is_int4_kept(64, 96, 32, torch.float32, CPU)
+    assert not is_int4_kept(96, 96, 32, BF16, CPU)
+    assert not is_int4_kept(64, 96, 64, BF16, CPU)
+    assert not is_int4_kept(64, 96, 3, BF16, CPU)

@@ -7,30 +7,28 @@ import llvmlite.binding
 import torch
 from torch import Tensor
 
-from loraplex_kernels.cpu.few_rows import BLOCK, is_served, product
+from loraplex_kernels.cpu.block_sums import BLOCK, has_half_products
+from loraplex_kernels.cpu.few_rows import HALF, BlockedWeight
 
 # How many rows to expect; measured to make no difference to the layout chosen between 1 and 64.
 TYPICAL_ROWS = 8
-# Up to so many rows `few_rows` is faster than oneDNN's product.
+# Up to so many rows `few_rows.product` is faster than oneDNN's.
 FEW_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight [out_size, in_size] in oneDNN's layout. `address`: where it lies, if `few_rows` can read it; else 0."""
+    """A weight in oneDNN's layout. `blocks`: the same memory for `few_rows`, if it can read it."""
 
     tensor: Tensor
-    out_size: int
-    in_size: int
-    address: int
+    blocks: BlockedWeight | None
 
 
 def pack_weight(weight: Tensor) -> Tensor | PackedWeight:
     if not is_packable(weight.dtype):
         return weight
-    out_size, in_size = weight.shape
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS)
-    return PackedWeight(packed, out_size, in_size, _blocked_address(packed, weight))
+    return PackedWeight(packed, _blocks(packed, weight))
 
 
 def is_packable(dtype: torch.dtype) -> bool:
@@ -44,19 +42,19 @@ def is_packable(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
-def _blocked_address(packed: Tensor, weight: Tensor) -> int:
-    """The address of the numbers if they lie as `few_rows` reads them; oneDNN chooses its layout by processor."""
+def _blocks(packed: Tensor, weight: Tensor) -> BlockedWeight | None:
+    """The packed weight for `few_rows`, if oneDNN, which chooses its layout by processor, laid it out so."""
     out_size, in_size = weight.shape
-    is_known = weight.dtype is torch.bfloat16 and is_served(llvmlite.binding.get_host_cpu_features())
-    if not is_known or out_size % BLOCK or in_size % 2 or torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
-        return 0
+    is_served = weight.dtype is torch.bfloat16 and has_half_products(llvmlite.binding.get_host_cpu_features())
+    if not is_served or out_size % BLOCK or in_size % 2 or torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
+        return None
     address: int = torch.ops.mkldnn.data_ptr(packed)
     for block in {0, out_size // BLOCK - 1}:
         rows = weight[block * BLOCK : (block + 1) * BLOCK].view(torch.int16)
         expected = rows.reshape(BLOCK, in_size // 2, 2).transpose(0, 1).reshape(-1)
         if not torch.equal(_int16_at(address + 2 * block * BLOCK * in_size, expected.numel()), expected):
-            return 0
-    return address
+            return None
+    return BlockedWeight(HALF, address, out_size, in_size)
 
 
 def _int16_at(address: int, count: int) -> Tensor:
@@ -68,14 +66,7 @@ _linear = torch.ops.mkldnn._linear_pointwise.default
 _linear_binary = torch.ops.mkldnn._linear_pointwise.binary
 
 
-def has_few_rows(x: Tensor, weight: PackedWeight) -> bool:
-    """Whether `few_rows.product` is the fastest form for these rows."""
-    return weight.address != 0 and len(x) <= FEW_ROWS
-
-
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
-    if has_few_rows(x, weight):
-        return product(x, weight.address, weight.out_size, bias, addend)
     if addend is not None:
         total: Tensor = _linear_binary(x, addend, weight.tensor, bias, "add")
         return total

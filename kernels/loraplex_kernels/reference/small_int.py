@@ -1,14 +1,7 @@
 """Linear layers over whole numbers in plain torch."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-
-def int8_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None, addend: Tensor | None) -> Tensor:
-    weight = (numbers.float() * scales.float().unsqueeze(1)).to(x.dtype)
-    out = F.linear(x, weight, bias)
-    return out if addend is None else out + addend
 
 
 def int4_weight(numbers: Tensor, scales_and_offsets: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from loraplex_kernels.lora import lora_expand, lora_shrink
+from loraplex_kernels.lora import Deltas, add_deltas
 from loraplex_kernels.lora_pages import RowDelta, add_rows, row_delta
 from loraplex_models.checkpoint import Checkpoint
 from loraplex_models.forward import LoraBatch
 from loraplex_quant.method import LinearWeight, QuantMethod
-from loraplex_quant.unquantized import Unquantized
 
 
 class Linear:
@@ -65,18 +64,16 @@ class Linear:
         if lora.tiles is not None:
             return self._forward_paged(x, lora, addend)
         table = lora.tables[self.index]
+        deltas = None if table is None else Deltas(table, lora.segments)
         extras = None if lora.extras is None else lora.extras[self.index]
-        if table is not None and extras is None and isinstance(self._method, Unquantized):
-            return self._method.apply_with_deltas(x, addend, table, lora.segments)
-        if extras is not None:
-            out = self._method.apply(x)
-            extras.apply(out, lora.segments)
-            if addend is not None:
-                out += addend
-        else:
-            out = self._method.apply(x, addend)
-        if table is not None:
-            lora_expand(lora_shrink(x, table, lora.segments), table, lora.segments, out)
+        if extras is None:
+            return self._method.apply(x, addend, deltas)
+        out = self._method.apply(x)
+        extras.apply(out, lora.segments)
+        if addend is not None:
+            out += addend
+        if deltas is not None:
+            add_deltas(x, deltas, out)
         return out
 
     def project(self, x: Tensor, lora: LoraBatch | None) -> tuple[Tensor, RowDelta | None]:
