@@ -7,6 +7,7 @@ from torch import Tensor
 
 from loraplex_kernels.dispatch import has_gpu_forms
 from loraplex_kernels.grouped_linear import grouped_linear, pack_groups, unpack_groups
+from loraplex_kernels.lora import Deltas, add_deltas
 from loraplex_quant.grouped import GroupedWeight
 from loraplex_quant.method import LinearWeight, QuantMethod
 from loraplex_quant.unquantized import stacked_bias
@@ -42,8 +43,14 @@ class GroupedOnGpu:
         )
         self.num_bytes = sum(packed.num_bytes for packed in self._packed) + (0 if bias is None else bias.nbytes)
 
-    def apply(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        """Return x @ weight.T + bias + addend."""
+    def apply(self, x: Tensor, addend: Tensor | None = None, deltas: Deltas | None = None) -> Tensor:
+        """Return x @ weight.T + bias + addend + deltas."""
+        out = self._product(x, addend)
+        if deltas is not None:
+            add_deltas(x, deltas, out)
+        return out
+
+    def _product(self, x: Tensor, addend: Tensor | None) -> Tensor:
         if len(self._packed) == 1:
             return grouped_linear(x, self._packed[0], self.bias, addend)
         out = torch.cat([grouped_linear(x, packed) for packed in self._packed], 1)
