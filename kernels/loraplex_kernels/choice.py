@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from loraplex_kernels.cpu import choice as _cpu
-from loraplex_kernels.reference import choice as _reference
+from loraplex_kernels.dispatch import on_gpu
 
 
 def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -12,4 +12,8 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
     logits: [rows, vocab]. Returns [rows] int64 and [rows] float32. A row with a NaN, with +inf, or with nothing but
     -inf has the token -1 and the log-probability 0.
     """
-    return _cpu.most_likely(logits) if logits.is_cpu else _reference.most_likely(logits)
+    if on_gpu(logits):
+        from loraplex_kernels.gpu import choice as _gpu  # Triton exists on GPU machines only
+
+        return _gpu.most_likely(logits)
+    return _cpu.most_likely(logits)

@@ -8,6 +8,7 @@ from paged_model import PagedModel
 from slow_dequantization import FIXTURES
 from tiny_families import FAMILIES, make_tiny
 from tiny_models import make_peft_adapter
+from triton_interpreter import needs_interpreter
 
 from loraplex_kernels import dispatch
 from loraplex_models.adapters.manifest import check_adapter
@@ -18,6 +19,7 @@ from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
 from loraplex_quant.gpu_groups import GroupedOnGpu
 
+pytestmark = needs_interpreter
 PROMPTS = {"base": list(range(5, 16)), "first": list(range(30, 47)), "second": [7, 9, 11]}
 SLOTS = {"base": -1, "first": 0, "second": 1}
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import make_peft_adapter, make_tiny_llama
+from triton_interpreter import needs_interpreter
 
 from loraplex_kernels import dispatch
 from loraplex_models.adapters.manifest import check_adapter
@@ -81,6 +82,7 @@ def decodes(slots_of_rows: list[int], rng: random.Random) -> StepPlan:
     return StepPlan(step_id=1, sequences=sequences, num_decodes=len(sequences))
 
 
+@needs_interpreter
 def test_a_filled_up_batch_gives_the_logits_of_the_batch_alone(parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph serves batches of other sizes, other adapters and other ranks, one after the other."""
     monkeypatch.setattr(dispatch, "INTERPRETS", True)
@@ -128,6 +130,7 @@ def test_a_step_with_a_chunk_has_no_graph(parts) -> None:
     assert graphs.run(mixed, builder.arrays(mixed), has_adapters=False) is None
 
 
+@needs_interpreter
 def test_the_widest_batch_takes_the_room_of_adapters_and_computes(parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "INTERPRETS", True)
     model, _ = parts

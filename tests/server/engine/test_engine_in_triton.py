@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from engines import EngineBench
 from tiny_models import make_peft_adapter, make_tiny_llama
+from triton_interpreter import needs_interpreter
 
 from loraplex_kernels import dispatch
 from loraplex_server.engine import forward_pass
@@ -16,6 +17,9 @@ REQUESTS = [
     ("other", list(range(40, 49)), "wide"),
     ("again", [5, 6, 7, 9], "narrow"),
 ]
+
+
+pytestmark = needs_interpreter
 
 
 @pytest.fixture

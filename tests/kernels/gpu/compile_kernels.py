@@ -1,0 +1,89 @@
+"""Compile every kernel for a GPU that is not here: `compile_kernels.py 90` for an H100. Prints a line for each.
+
+A stand-in takes the driver's place; operations are called with tensors of the CPU, and launching stops after compiling.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from loraplex_kernels.gpu import activation, attention, choice, grouped_linear, kv_cache, lora, norm
+from loraplex_kernels.grouped_linear import pack_groups
+from loraplex_kernels.kv_cache import HeadNorms
+from loraplex_kernels.lora_pages import RankPages, RowDelta, make_tiles
+
+MAX_SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+CPU = torch.device("cpu")
+
+
+class AbsentGpu:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_instead(kernel: JITFunction, grid: object) -> Any:
+    def run(*arguments: Any, **settings: Any) -> None:
+        shared = kernel.warmup(*arguments, grid=grid, **settings).metadata.shared
+        print(kernel.__name__, shared)
+        assert shared <= MAX_SHARED_BYTES[int(sys.argv[1])], f"{kernel.__name__} needs {shared} bytes of shared memory"
+
+    return run
+
+
+def call_all(dtype: torch.dtype) -> None:
+    """Every operation as an 8B model calls it."""
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    qkv_parts, inner = (4096, 1024, 1024), 14336
+    tables = RankPages(numbers(64), [(4096, qkv_parts), (4096, (inner, inner))], num_slots=8, max_rank=64)
+    pages, x, qkv = tables.linear(0), numbers(8, 4096), numbers(8, 6144)
+    for tile_rows in (16, 64):
+        tiles = make_tiles([0, 4, 8], [0, 1], tile_rows, CPU)
+        lora.expand_rows(lora.shrink_rows(x, pages, tiles), pages, tiles, qkv)
+    delta = RowDelta(qkv, pages, tiles)
+    lora.add_rows(qkv, delta)
+    cache, angles, cells = numbers(64, 2048), numbers(8, 128), torch.arange(8)
+    norms = HeadNorms(numbers(4096), numbers(1024), 1e-5)
+    kv_cache.rotate_and_store(qkv, angles, angles, cache, cells, 32, 128, delta, norms)
+    kv_cache.rotate_and_store(qkv, angles, angles, cache, cells, 32, 128)
+    table, lengths = torch.zeros(8, 16, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
+    for window, cap in ((1 << 30, None), (100, 50.0)):
+        attention.decode_attention(qkv[:, :4096], cache, table, lengths[:8], 16, 8, 0.1, window, cap)
+        attention.chunk_attention(qkv[:, :4096], cache, table, lengths, lengths[:8], 64, 16, 8, 0.1, window, cap)
+    wide = numbers(64, 4 * 256)  # two heads of 256, as Gemma has
+    attention.chunk_attention(qkv[:, :512], wide, table, lengths, lengths[:8], 64, 16, 2, 0.1, 1 << 30)
+    activation.silu_and_mul(numbers(8, 2 * inner), RowDelta(numbers(8, 2 * inner), tables.linear(1), tiles))
+    activation.gelu_tanh_and_mul(numbers(8, 2 * inner))
+    activation.gelu_and_mul(numbers(8, 2 * inner))
+    norm.rms_norm(x, x[0], 1e-5)
+    norm.rms_norm_groups(qkv[:, :4096], x[0], 128, 1e-5)
+    norm.add_rms_norm(x, x, x[0], 1e-5, RowDelta(x, pages, tiles), x[0])
+    choice.most_likely(numbers(8, 128256))
+    packed = pack_groups(
+        torch.zeros(256, 4096, dtype=torch.uint8), torch.full((1, 1), 8), torch.ones(256, 32), None, 4, dtype, CPU
+    )
+    for num_rows in (1, 32, 128):
+        grouped_linear.grouped_linear(numbers(num_rows, 4096), packed)
+
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(AbsentGpu(int(sys.argv[1])))
+    JITFunction.__getitem__ = compile_instead
+    call_all(torch.bfloat16)
