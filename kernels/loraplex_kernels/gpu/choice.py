@@ -35,7 +35,7 @@ def _choose(logits, row_stride, token_ids, logprobs, size, BLOCK: tl.constexpr):
     token_id = tl.min(tl.where(highest == best, where, size), 0)
     is_sound = (tl.sum(num_odd, 0) == 0) & (best > float("-inf"))
     tl.store(token_ids + row, tl.where(is_sound, token_id, -1).to(tl.int64))
-    tl.store(logprobs + row, tl.where(is_sound, -tl.log(whole), 0.0))
+    tl.store(logprobs + row, -tl.log(tl.where(is_sound, whole, 1.0)))
 
 
 def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:

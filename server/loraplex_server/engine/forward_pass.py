@@ -59,6 +59,12 @@ class ForwardPass:
         """A sequence enters a row."""
         self._builder.start_row(row)
 
+    def warm_up(self) -> None:
+        """Capture all graphs, so that no request waits for it."""
+        if self._graphs is not None:
+            with torch.inference_mode():
+                self._graphs.capture_all()
+
     def run(self, plan: StepPlan) -> Tensor:
         """Return the logits of the rows that give some, [S, vocab], valid until the next step."""
         arrays = self._builder.arrays(plan)

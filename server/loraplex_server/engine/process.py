@@ -104,7 +104,7 @@ def build_worker(
         watermark_delta=config.watermark_delta,
         guided_rows=None if grammars is None else GuidedRows(grammars),
     )
-    return Worker(
+    worker = Worker(
         model,
         num_kv_blocks=limits.num_kv_blocks,
         block_size=config.block_size,
@@ -116,6 +116,8 @@ def build_worker(
         sampler=sampler,
         samples=group.rank == 0,
     )
+    worker.warm_up()
+    return worker
 
 
 def _device_bytes_of(config: ModelConfig, itemsize: int) -> Callable[[AdapterSpec], int]:

@@ -74,6 +74,10 @@ class Worker:
             max_blocks=-(-max_total_tokens // block_size),
         )
 
+    def warm_up(self) -> None:
+        """Do what the first steps would otherwise wait for."""
+        self._pass.warm_up()
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step: adapter operations, forward pass, choice of tokens."""
