@@ -14,11 +14,11 @@ MEETING_S = 300  # kernels may have to be compiled
 T = TypeVar("T")
 
 
-def run_ranks(size: int, folder: Path, work: Callable[[ParallelGroup], T]) -> list[T]:
+def run_ranks(size: int, folder: Path, work: Callable[[ParallelGroup], T], rendezvous: str | None = None) -> list[T]:
     """Run `work` on every rank of a group that meets in `folder`; returns what each gave, or raises the first error."""
     results: dict[int, T] = {}
     errors: list[BaseException] = []
-    rendezvous = f"file://{folder}/ranks-{uuid4()}"
+    rendezvous = rendezvous or f"file://{folder}/ranks-{uuid4()}"
 
     def run(rank: int) -> None:
         try:

@@ -5,7 +5,6 @@ import warnings
 from typing import Any
 
 from loraplex.flags import SettingField, Settings, hub_environment, setting_fields
-from loraplex.launch_error import LaunchError
 from loraplex_server.config import AdapterConfig, ApiConfig, EngineConfig, LaunchConfig, ServeConfig
 
 # vLLM's name → our setting.
@@ -96,8 +95,6 @@ def read_arguments(model: str, named: dict[str, Any], own_names: tuple[str, ...]
             values[setting] = _checked(name, fields[setting], value) if setting in fields else value
     if ignored:
         warnings.warn(f"arguments without effect: {', '.join(ignored)}", stacklevel=3)
-    if values.get("num_shard", 1) > 1:
-        raise LaunchError("tensor_parallel_size above 1 is not served yet: leave it out")
     return _settings(model, values)
 
 
@@ -109,7 +106,8 @@ def _settings(model: str, values: dict[str, Any]) -> Settings:
     token = values.get("hub_token")
     if token is not None:
         hub["hub_token"] = token
-    launch = LaunchConfig(model_id=model, revision=values.get("revision"), **hub)
+    num_shard = values.get("num_shard", 1)
+    launch = LaunchConfig(model_id=model, revision=values.get("revision"), num_shard=num_shard, **hub)
     engine = EngineConfig(**build(EngineConfig), adapters=AdapterConfig(**build(AdapterConfig)))
     return Settings(launch=launch, serve=ServeConfig(api=ApiConfig(), engine=engine))
 

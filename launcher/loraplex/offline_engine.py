@@ -2,19 +2,31 @@
 
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Set
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loraplex.completion import OpenCompletion
 from loraplex.flags import Settings, openmp_variables
 from loraplex.launch_error import LaunchError
+from loraplex.offline_ranks import OfflineRanks
 from loraplex.plan import check_served, make_plan
 from loraplex.resolve import resolve
+from loraplex_server.errors import GenerationFailed
 from loraplex_server.machine import look_at_machine
 from loraplex_server.messages import AdapterSpec, GenerateRequest
 
+if TYPE_CHECKING:
+    from loraplex_models.parallel import ParallelGroup
+
+# How often it is asked whether a rank that does not come to the meeting has failed.
+MEETING_INTERVAL_S = 0.2
+# How long whoever watches the other ranks may take to say why one was lost.
+LOSS_TIMEOUT_S = 2.0
 # How long to sleep when every sequence waits for an adapter that a thread is still reading.
 LOADING_WAIT_S = 0.002
 # Sequences given to the engine at a time, in batches: enough that it always finds a next one, few enough to look over.
@@ -31,7 +43,8 @@ class Job:
 
 
 class OfflineEngine:
-    """Model, adapters and engine of one process. One thread at a time may use it.
+    """Model, adapters and engine of this process, and of those that have the other ranks. One thread at a time may use
+    it.
 
     Raises LaunchError when the model cannot be served.
     """
@@ -48,20 +61,30 @@ class OfflineEngine:
         import torch
 
         from loraplex_models.checkpoint import CheckpointError
+        from loraplex_models.parallel import RanksLost
         from loraplex_server.engine.forward_pass import free_kv_bytes
-        from loraplex_server.engine.memory import NotEnoughMemory, settle_limits
+        from loraplex_server.engine.memory import NotEnoughMemory, settle_group_limits
         from loraplex_server.engine.process import build_engine, load_base_model
 
         if wanted_threads:
             torch.set_num_threads(wanted_threads)
         self.config = plan.config.engine
+        self._ranks_lost: type[Exception] = RanksLost
+        self._ranks = OfflineRanks(plan)
         try:
-            model = load_base_model(self.config)
-            block_bytes = model.kv_bytes_per_block(self.config.block_size)
-            self.limits = settle_limits(self.config, model.config, block_bytes, free_kv_bytes(self.config, model))
+            model = load_base_model(self.config, group=self._meet())
+            self.limits = settle_group_limits(self.config, model, free_kv_bytes(self.config, model))
+        except RanksLost as error:
+            why = self._ranks.loss(LOSS_TIMEOUT_S)
+            self._ranks.close()
+            raise LaunchError(why or str(error)) from None
         except (CheckpointError, NotEnoughMemory) as error:
+            self._ranks.close()
             raise LaunchError(str(error)) from None
-        self.model_config = model.config
+        except BaseException:
+            self._ranks.close()
+            raise
+        self.model_config = facts.config  # of the whole model
         self._engine = build_engine(self.config, model, self.limits)
         self._waiting: deque[Job] = deque()
         self._running: dict[str, Job] = {}
@@ -92,7 +115,11 @@ class OfflineEngine:
             job = self._waiting.popleft()
             self._running[job.request.request_id] = job
             self._add(job)
-        step = self._engine.step()
+        try:
+            step = self._engine.step()
+        except self._ranks_lost as error:
+            why = self._ranks.loss(LOSS_TIMEOUT_S)
+            raise GenerationFailed(f"the engine is lost: {why or error}; make another LLM") from None
         if step is None:
             time.sleep(LOADING_WAIT_S)
             return []
@@ -115,8 +142,31 @@ class OfflineEngine:
             self._engine.abort(request_id)
 
     def close(self) -> None:
-        """End the threads that read adapters."""
+        """End the threads that read adapters, and the other ranks."""
         self._engine.close()
+        self._ranks.close()
+
+    def _meet(self) -> "ParallelGroup":
+        """Meet the other ranks, which may fail before they come to it: then their loss ends the waiting."""
+        from loraplex_models.parallel import ParallelGroup, RanksLost  # as above
+        from loraplex_server.engine.process import rank_device
+
+        if self.config.num_ranks == 1:
+            return ParallelGroup.single()
+        met: Future[ParallelGroup] = Future()
+
+        def join() -> None:
+            try:
+                met.set_result(ParallelGroup.join(0, self.config.num_ranks, self._ranks.rendezvous, device))
+            except RanksLost as error:
+                met.set_exception(error)
+
+        device = rank_device(self.config, 0)
+        threading.Thread(target=join, daemon=True).start()
+        while not wait([met], MEETING_INTERVAL_S).done:
+            if (why := self._ranks.loss()) is not None:
+                raise RanksLost(why)
+        return met.result()
 
     def _add(self, job: Job) -> None:
         if job.adapter is not None:

@@ -5,12 +5,9 @@ engine live and die together; the API process outlives them.
 """
 
 import dataclasses
-import os
 import selectors
-import shutil
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +19,7 @@ import msgspec
 from loraplex.child import Child
 from loraplex.console import Console
 from loraplex.plan import LaunchPlan, ProcessSpec
+from loraplex.private_folder import private_folder
 from loraplex.restarts import Restarts
 
 # The loop looks at clocks and processes this often, also when nobody says anything.
@@ -32,8 +30,6 @@ STOP_GRACE_S = 3.0
 SHORT_GRACE_S = 0.3
 # The same for a child that has hung up already and takes its time to end: its exit code is worth waiting for.
 HANG_UP_GRACE_S = 1.0
-# A Unix socket's path holds 107 bytes, and the link's names come after the folder's.
-MAX_FOLDER_LENGTH = 90
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -54,7 +50,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve until a signal (0), or the death of a child that is not started again (1)."""
-        with _private_folder() as folder, self._noting_signals():
+        with private_folder() as folder, self._noting_signals():
             try:
                 self._start([spec for spec in self._plan.processes if spec.rank is None], folder)
                 self._start_engine(folder)
@@ -252,16 +248,3 @@ def _wait_for_exit(child: Child, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while child.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-
-
-@contextmanager
-def _private_folder() -> Iterator[Path]:
-    """A folder for the link's sockets that nobody else can enter (mode 0700)."""
-    folder = tempfile.mkdtemp(prefix="loraplex-")
-    if len(os.fsencode(folder)) > MAX_FOLDER_LENGTH:
-        os.rmdir(folder)
-        folder = tempfile.mkdtemp(prefix="loraplex-", dir="/tmp")
-    try:
-        yield Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -31,6 +31,9 @@ def main() -> int:
         case "fail":
             control.send("failed", error="no such model 'x': check --model-id")
             return 1
+        case "lose_ranks":
+            control.send("ranks_lost")
+            return 1
         case "crash":
             return 7
         case "load_forever":
@@ -48,7 +51,7 @@ def main() -> int:
         for event in [] if deaf else control.receive():
             mark(event["event"])
             if event["event"] == "ping":
-                control.send("pong")
+                control.send("pong", **({"at_work_s": 31.0} if options.behaviour == "busy" else {}))
         if stopping:
             mark("sigterm")
             if options.behaviour == "slow_drain":

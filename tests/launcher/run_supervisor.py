@@ -1,4 +1,4 @@
-"""Run a supervisor over fake children: `python run_supervisor.py MARKS TIMEOUT NAME=BEHAVIOUR …`."""
+"""Run a supervisor over fake children: `python run_supervisor.py MARKS TIMEOUT RESTARTS NAME=BEHAVIOUR …`."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ FAKE_CHILD = Path(__file__).with_name("fake_child.py")
 
 
 def main() -> int:
-    marks, timeout, *children = sys.argv[1:]
+    marks, timeout, restarts, *children = sys.argv[1:]
     log.set_up("launcher")
     specs = []
     for child in children:
@@ -22,7 +22,8 @@ def main() -> int:
         argv = (sys.executable, str(FAKE_CHILD), behaviour, marks)
         specs.append(ProcessSpec(name, argv, {"FAKE_CHILD": "yes"}, rank=rank))
     config = ServeConfig(api=ApiConfig(hostname="127.0.0.1", port=3999, graceful_termination_timeout=int(timeout)))
-    return Supervisor(LaunchPlan(config, tuple(specs)), Console(bars=False)).run()
+    plan = LaunchPlan(config, tuple(specs), max_engine_restarts=int(restarts))
+    return Supervisor(plan, Console(bars=False)).run()
 
 
 if __name__ == "__main__":

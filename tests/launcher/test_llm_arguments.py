@@ -7,7 +7,6 @@ import torch
 from demo_server import environment
 
 import loraplex
-from loraplex.launch_error import LaunchError
 from loraplex.llm import OWN_ARGUMENTS
 from loraplex.llm_arguments import read_arguments
 from loraplex_server.config import EngineConfig
@@ -77,9 +76,11 @@ def test_a_value_that_cannot_be_is_refused_under_the_callers_name(arguments: dic
         engine_of(**arguments)
 
 
-def test_several_shards_are_refused() -> None:
-    with pytest.raises(LaunchError, match="tensor_parallel_size above 1 is not served yet"):
-        engine_of(tensor_parallel_size=2)
+def test_the_tensor_parallel_size_is_the_number_of_ranks_and_one_where_it_is_not_given() -> None:
+    assert read_arguments("m", {"tensor_parallel_size": 2}, ()).launch.num_shard == 2
+    assert read_arguments("m", {}, ()).launch.num_shard == 1
+    with pytest.raises(ValueError, match="tensor_parallel_size must be at least 1"):
+        engine_of(tensor_parallel_size=0)
 
 
 def test_the_public_names_are_there_and_bring_no_torch() -> None:

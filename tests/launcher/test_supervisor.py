@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from loraplex import child
@@ -21,13 +22,13 @@ DEADLINE_S = 30  # none of these takes more than a few seconds; this only ends a
 class Run:
     """A supervisor in a process of its own, over fake children that leave marks in a folder."""
 
-    def __init__(self, marks: Path, *children: str, timeout_s: int = 5):
+    def __init__(self, marks: Path, *children: str, timeout_s: int = 5, restarts: int = 0):
         self.marks = marks
         self.temp = marks / "tmp"
         self.temp.mkdir()
         roots = ["launcher", "server", "models", "quant", "kernels"]
         self.process = subprocess.Popen(
-            [sys.executable, str(RUN_SUPERVISOR), str(marks), str(timeout_s), *children],
+            [sys.executable, str(RUN_SUPERVISOR), str(marks), str(timeout_s), str(restarts), *children],
             stderr=subprocess.PIPE,
             text=True,
             env={
@@ -76,8 +77,8 @@ def wait_until(is_true: Callable[[], bool], what: str) -> None:
 def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
-    def begin(*children: str, timeout_s: int = 5) -> Run:
-        runs.append(Run(tmp_path, *children, timeout_s=timeout_s))
+    def begin(*children: str, timeout_s: int = 5, restarts: int = 0) -> Run:
+        runs.append(Run(tmp_path, *children, timeout_s=timeout_s, restarts=restarts))
         return runs[-1]
 
     yield begin
@@ -152,6 +153,66 @@ def test_a_killed_engine_ends_all_and_the_api_hears_of_it(start: Callable[..., R
     assert "engine was killed by SIGKILL" in last
     assert "memory" in last
     run.wait_for("engine_lost-serve")
+    assert_all_gone(run)
+
+
+def pids_of(run: Run, behaviour: str) -> set[int]:
+    return {int(file.read_text()) for file in run.marks.glob(f"pid-{behaviour}-*")}
+
+
+def lose(run: Run, behaviour: str, number: signal.Signals) -> None:
+    """Signal the engine process that lives, and wait for the one that takes its place."""
+    before = pids_of(run, behaviour)
+    (run.marks / f"ready-{behaviour}").unlink()
+    (pid,) = filter(is_alive, before)
+    os.kill(pid, number)
+    wait_until(lambda: len(pids_of(run, behaviour)) > len(before), "the next engine process")
+    run.wait_for(f"ready-{behaviour}")
+
+
+def test_all_ranks_of_a_lost_engine_are_started_again_and_the_api_stays(start: Callable[..., Run]) -> None:
+    run = start("api=serve", "engine=work", "engine-1=follow", restarts=2)
+    for mark in ("ready-serve", "ready-work", "ready-follow"):
+        run.wait_for(mark)
+    lose(run, "follow", signal.SIGKILL)
+    wait_until(lambda: len(pids_of(run, "work")) == 2, "rank 0 again")
+    run.wait_for("engine_restarts-serve")
+    lose(run, "work", signal.SIGSTOP)
+    wait_until(lambda: len(pids_of(run, "follow")) == 3, "rank 1 again")
+    assert len(pids_of(run, "serve")) == 1
+    wait_until(lambda: sum(map(is_alive, run.pids())) == 3, "the end of those that were replaced")
+    run.wait_for("ready-work")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.finish() == 0
+    warnings = [line for line in run.errors.splitlines() if "WARNING" in line]
+    assert "engine-1 was killed by SIGKILL" in warnings[0] and "(1 of 2) in 0 s" in warnings[0]
+    assert "engine was stopped (SIGSTOP)" in warnings[1] and "(2 of 2) in 1 s" in warnings[1]
+    assert_all_gone(run)
+
+
+def test_an_engine_that_is_lost_too_often_ends_all(start: Callable[..., Run]) -> None:
+    run = start("api=serve", "engine=work", restarts=1)
+    run.wait_for("ready-serve")
+    run.wait_for("ready-work")
+    lose(run, "work", signal.SIGKILL)
+    (pid,) = filter(is_alive, pids_of(run, "work"))
+    os.kill(pid, signal.SIGKILL)
+    assert run.finish() == 1
+    assert "engine was killed by SIGKILL" in run.errors.splitlines()[-1]
+    run.wait_for("engine_lost-serve")
+    assert_all_gone(run)
+
+
+def test_an_engine_that_never_served_is_not_started_again(start: Callable[..., Run]) -> None:
+    run = start("api=serve", "engine=crash", restarts=5)
+    assert run.finish() == 1
+    assert len(pids_of(run, "crash")) == 1
+
+
+def test_of_several_ranks_that_go_together_the_one_with_the_cause_is_named(start: Callable[..., Run]) -> None:
+    run = start("api=serve", "engine=lose_ranks", "engine-1=fail")
+    assert run.finish() == 1
+    assert "start failed: no such model 'x'" in run.errors
     assert_all_gone(run)
 
 
@@ -235,6 +296,27 @@ def test_a_ready_child_that_leaves_a_ping_unanswered_hangs(child_of: Callable[[s
     assert not deaf.is_hung(asked_at + child.PING_TIMEOUT_S - 1)
     assert deaf.is_hung(asked_at + child.PING_TIMEOUT_S + 1)
     assert "hangs" in deaf.why()
+
+
+def test_a_child_that_is_stopped_hangs_and_one_that_goes_on_does_not(child_of: Callable[[str], Child]) -> None:
+    stopped = child_of("work")
+    listen_until(stopped, 100.0, lambda: stopped.is_ready)
+    assert not stopped.is_hung(100.0)
+    stopped.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(stopped.process.pid).status() == psutil.STATUS_STOPPED, "the stop")
+    assert not stopped.is_hung(200.0)
+    assert stopped.is_hung(200.0 + child.STOPPED_TIMEOUT_S)
+    assert "stopped (SIGSTOP)" in stopped.why()
+    stopped.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: not stopped.is_hung(300.0), "its going on")
+
+
+def test_an_engine_that_answers_and_is_at_one_step_for_too_long_hangs(child_of: Callable[[str], Child]) -> None:
+    busy = child_of("busy")
+    listen_until(busy, 100.0, lambda: busy.is_ready)
+    busy.ping(200.0)
+    wait_until(lambda: bool(busy.listen(200.0)) or busy.is_hung(200.0), "the pong")
+    assert "hangs: one step has taken 31 s" in busy.why()
 
 
 def test_an_answered_ping_is_a_sign_of_life(child_of: Callable[[str], Child], tmp_path: Path) -> None:

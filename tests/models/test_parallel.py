@@ -1,6 +1,7 @@
 """A model over several ranks, in threads, against the same model on one."""
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from paged_model import PagedModel
 from ranks import run_ranks
+from slow_dequantization import FIXTURES
 from tiny_families import FAMILIES, make_family_adapter, make_tiny
 from tiny_models import make_peft_adapter, make_tiny_llama
 from torch import Tensor
@@ -32,7 +34,8 @@ def logits(folder: Path, adapters: list[Path], group: ParallelGroup) -> list[Ten
     config = read_config(folder)
     slots = AdapterSlots(model, len(adapters) or 1)
     for slot, adapter in enumerate(adapters):
-        weights = load_adapter_weights(adapter, check_adapter(adapter, config, max_rank=64), dtype=torch.float32)
+        manifest = check_adapter(adapter, config, max_rank=64, num_ranks=group.size)
+        weights = load_adapter_weights(adapter, manifest, dtype=torch.float32)
         weights = cut_adapter(weights, RankPart(config, group.rank, group.size))
         check_against_base(weights, model)
         slots.set(slot, weights)
@@ -83,16 +86,30 @@ def test_what_adapters_bring_beside_products_is_the_same_on_several_ranks(tmp_pa
             assert (one - other).abs().max() < 1e-3, name
 
 
-@pytest.mark.parametrize("targets", [["o_proj"], ["down_proj"], ["lm_head"]])
-def test_dora_on_what_is_cut_by_inputs_or_tokens_is_refused_on_several_ranks(
-    targets: list[str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("module", ["o_proj", "down_proj", "lm_head", "embed_tokens"])
+def test_dora_on_what_no_rank_has_whole_rows_of_is_refused(module: str, tmp_path: Path) -> None:
     truth = make_tiny_llama(tmp_path / "model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapter = make_peft_adapter(tmp_path / "a", truth, target_modules=targets, use_dora=True)
+        adapter = make_peft_adapter(tmp_path / "a", truth, target_modules=["q_proj", module], use_dora=True)
     config = read_config(tmp_path / "model")
-    weights = load_adapter_weights(adapter, check_adapter(adapter, config, max_rank=64), dtype=torch.float32)
-    with pytest.raises(ManifestError, match="--num-shard 1") as caught:
-        cut_adapter(weights, RankPart(config, 0, 2))
+    check_adapter(adapter, config, max_rank=64)
+    with pytest.raises(ManifestError, match=f"DoRA of .*{module}.* is not served on 2 ranks.*--num-shard 1") as caught:
+        check_adapter(adapter, config, max_rank=64, num_ranks=2)
     assert caught.value.error_type == "adapter_unsupported"
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+QUANTIZED = sorted(folder.name for folder in FIXTURES.iterdir() if folder.is_dir())
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantised_weights_are_cut_as_if_they_were_plain(name: str, tmp_path: Path) -> None:
+    raw = json.loads((FIXTURES / name / "config.json").read_text())
+    truth = make_tiny_llama(tmp_path / "plain", **{key: raw[key] for key in SIZES if raw.get(key)})
+    adapter = make_peft_adapter(tmp_path / "r12", truth, rank=12)
+    alone = logits(FIXTURES / name, [adapter], ParallelGroup.single())
+    assert (alone[0] - alone[1]).abs().max() > 0.1
+    for of_rank in run_ranks(2, tmp_path, lambda group: logits(FIXTURES / name, [adapter], group)):
+        for one, other in zip(alone, of_rank, strict=True):
+            assert (one - other).abs().max() < 1e-3

@@ -16,24 +16,14 @@ from loraplex_models.cuts import CutError, RankPart
 def cut_adapter(weights: AdapterWeights, part: RankPart) -> AdapterWeights:
     """Return the rank's part, in memory of its own. The adapter's own ranks are not cut, so any number of them will do.
 
-    Raises ManifestError for what cannot be cut.
+    `check_adapter` has refused what no rank could do alone. Raises ManifestError for modules that cannot be cut.
     """
     if part.size == 1:
         return weights
-    if any(end.parts.magnitude is not None for end in weights.ends.values()):
-        raise _refused("the embedding or the head", part)
     return replace(
         weights,
         modules={name: _cut_module(name, a, b, part) for name, (a, b) in weights.modules.items()},
         parts={name: _cut_parts(name, parts, part) for name, parts in weights.parts.items()},
-    )
-
-
-def _refused(where: str, part: RankPart) -> ManifestError:
-    return ManifestError(
-        f"DoRA on {where} is not served on {part.size} ranks, each of which has a part of the rows of weights whose"
-        " lengths it sets: serve it with --num-shard 1",
-        "adapter_unsupported",
     )
 
 
@@ -42,8 +32,6 @@ def _cut_parts(name: str, parts: ModuleParts, part: RankPart) -> ModuleParts:
     if cut is None:
         return parts
     if cut.inputs is not None:
-        if parts.magnitude is not None:
-            raise _refused(name, part)
         # The ranks' outputs are summed: one of them brings the biases, the one that has the base's.
         return parts if cut.has_bias else ModuleParts()
     magnitude, b_bias, bias = (

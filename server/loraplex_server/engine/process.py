@@ -84,7 +84,7 @@ def build_worker(
     part = RankPart(whole, group.rank, group.size)
 
     def read_whole(path: str) -> AdapterWeights:
-        manifest = check_adapter(path, whole, max_rank=config.adapters.max_lora_rank)
+        manifest = check_adapter(path, whole, max_rank=config.adapters.max_lora_rank, num_ranks=group.size)
         return load_adapter_weights(path, manifest, dtype=dtype)
 
     def read_adapter(source: str | MergeRecipe) -> AdapterWeights:
