@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from loraplex.outputs import CompletionOutput as CompletionOutput
     from loraplex.outputs import RequestOutput as RequestOutput
     from loraplex.sampling_params import SamplingParams as SamplingParams
+    from loraplex.structured_outputs import GuidedDecodingParams as GuidedDecodingParams
+    from loraplex.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -24,6 +26,8 @@ _HOMES = {
     "LLMEngine": "loraplex.llm_engine",
     "LoRARequest": "loraplex.lora_request",
     "SamplingParams": "loraplex.sampling_params",
+    "StructuredOutputsParams": "loraplex.structured_outputs",
+    "GuidedDecodingParams": "loraplex.structured_outputs",
     "RequestOutput": "loraplex.outputs",
     "CompletionOutput": "loraplex.outputs",
 }

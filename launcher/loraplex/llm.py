@@ -25,11 +25,12 @@ from loraplex.outputs import RequestOutput
 from loraplex.prompts import Prompt, PromptType, read_conversations, read_prompts
 from loraplex.sampling_params import SamplingParams
 from loraplex_server import messages
-from loraplex_server.errors import InvalidRequest
+from loraplex_server.errors import InvalidRequest, ToolFailed
 from loraplex_server.messages import AdapterSpec, GenerateRequest
 from loraplex_server.text.bad_words import bad_word_tokens
 from loraplex_server.text.chat_template import ChatTemplate, Conversation
 from loraplex_server.text.tokenizer import Tokenizer, TokenizerError
+from loraplex_server.text.tool_fields import read_tools
 
 OWN_ARGUMENTS = ("tokenizer", "enable_lora", "generation_config", "max_logprobs", "seed")
 SEED_BITS = 64
@@ -48,6 +49,7 @@ class OpenRequest:
     params: SamplingParams
     lora_request: LoRARequest | None
     adapter: AdapterSpec | None
+    grammar: str | None
     jobs: list[Job] = field(default_factory=list)
 
 
@@ -139,7 +141,10 @@ class LLM:
             raise ValueError("this model has no chat template: write the prompt yourself and use generate")
         if continue_final_message and add_generation_prompt:
             raise ValueError("continue_final_message needs add_generation_prompt=False")
-        variables = {"tools": tools, **(chat_template_kwargs or {})}
+        try:
+            known_tools = read_tools(tools or ())
+        except ToolFailed as error:
+            raise ValueError(str(error)) from None
         prompts = [
             Prompt(
                 template.render(
@@ -147,7 +152,8 @@ class LLM:
                         messages=conversation,
                         add_generation_prompt=add_generation_prompt,
                         continue_final_message=continue_final_message,
-                        variables=variables,
+                        variables=chat_template_kwargs or {},
+                        tools=known_tools,
                     )
                 )
             )
@@ -264,6 +270,7 @@ class LLM:
             params=params,
             lora_request=lora_request,
             adapter=self._adapters.resolve(lora_request) if lora_request else None,
+            grammar=None if params.guide is None else self._engine.grammar_of(params.guide),
         )
 
     def _token_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
@@ -293,6 +300,7 @@ class LLM:
             max_new_tokens=min(params.max_tokens or room, room),
             vocab_size=self._engine.model_config.vocab_size,
             seed=0,
+            grammar=request.grammar,
         )
         sampling = self._with_bans(params, sampling)
         jobs = []

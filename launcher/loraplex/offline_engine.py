@@ -19,6 +19,7 @@ from loraplex.resolve import resolve
 from loraplex_server.errors import GenerationFailed
 from loraplex_server.machine import look_at_machine
 from loraplex_server.messages import AdapterSpec, GenerateRequest
+from loraplex_server.text.guides import Guide
 
 if TYPE_CHECKING:
     from loraplex_models.parallel import ParallelGroup
@@ -140,6 +141,20 @@ class OfflineEngine:
         for request_id in self._running.keys() & request_ids:
             del self._running[request_id]
             self._engine.abort(request_id)
+
+    def grammar_of(self, guide: Guide) -> str:
+        """The grammar of a guide, compiled. Raises ValueError for one that does not compile, or matches nothing."""
+        # Native code, wanted by few.
+        from loraplex_server.text.guide_compiler import GuideError, grammar_of
+
+        try:
+            grammar = grammar_of(guide)
+            error = self._engine.grammar_error(grammar)
+        except GuideError as problem:
+            error = str(problem)
+        if error is not None:
+            raise ValueError(f"structured_outputs: {error}")
+        return grammar
 
     def close(self) -> None:
         """End the threads that read adapters, and the other ranks."""

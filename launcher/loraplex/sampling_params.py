@@ -2,26 +2,25 @@
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from loraplex.structured_outputs import StructuredOutputsParams, read_guide
 from loraplex_server import messages
+from loraplex_server.text.guides import Guide
 
 MAX_SEQUENCES = 16_384
 # Below it a temperature counts as zero, which is greedy; between it and the next one it is raised, as in vLLM.
 GREEDY_TEMPERATURE = 1e-5
 LOWEST_TEMPERATURE = 1e-2
-# What vLLM has and the engine does not do yet, with the value that means «off».
-NOT_SERVED: dict[str, Any] = {
-    "structured_outputs": None,
-}
 
 
 @dataclass(kw_only=True)
 class SamplingParams:
     """How to choose the next tokens of a prompt; a temperature of 0 takes the likeliest one each time.
 
-    Raises ValueError for a value out of bounds, and for a field of vLLM's that is not served.
+    Raises ValueError for a value out of bounds.
     """
 
     n: int = 1
@@ -48,7 +47,8 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    structured_outputs: Any = field(default=None, repr=False)
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
+    guided_decoding: StructuredOutputsParams | Mapping[str, Any] | None = None  # the older name
 
     def __post_init__(self) -> None:
         if GREEDY_TEMPERATURE <= self.temperature < LOWEST_TEMPERATURE:
@@ -78,18 +78,26 @@ class SamplingParams:
         """`stop`, always as a list."""
         return [self.stop] if isinstance(self.stop, str) else [*(self.stop or ())]
 
+    @property
+    def guide(self) -> Guide | None:
+        """What the text must look like, if anything is asked of it. Raises ValueError."""
+        if self.structured_outputs is not None and self.guided_decoding is not None:
+            raise ValueError("structured_outputs and guided_decoding are the same: give one of them")
+        given = self.structured_outputs if self.structured_outputs is not None else self.guided_decoding
+        return None if given is None else read_guide(given)
+
     def check(self) -> None:
         """Raises ValueError; called anew before each use, because fields may have been set meanwhile."""
-        for name, off in NOT_SERVED.items():
-            value = getattr(self, name)
-            if value and value != off:
-                raise ValueError(f"{name} is not served yet, leave it out. Given: {value!r}")
         self._check_counts()
         self._check_draw()
         if "" in self.stop_strings:
             raise ValueError("stop must not contain an empty string")
         if self.stop_strings and not self.detokenize:
             raise ValueError("stop strings are looked for in the text: they need detokenize=True")
+        if self.guide is not None:
+            for name in ("ignore_eos", "min_tokens", "allowed_token_ids"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} cannot be used with structured_outputs, which say what may come and when")
 
     def _check_counts(self) -> None:
         if not 1 <= self.n <= MAX_SEQUENCES:
@@ -129,8 +137,10 @@ class SamplingParams:
         if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
             raise ValueError(f"repetition_penalty must be above 0. Given: {self.repetition_penalty}")
 
-    def for_engine(self, *, max_new_tokens: int, vocab_size: int, seed: int) -> messages.SamplingParams:
-        """The same for one sequence in the engine's words."""
+    def for_engine(
+        self, *, max_new_tokens: int, vocab_size: int, seed: int, grammar: str | None = None
+    ) -> messages.SamplingParams:
+        """The same for one sequence in the engine's words; `grammar` is what became of the guide."""
         return messages.SamplingParams(
             max_new_tokens=max_new_tokens,
             do_sample=not self.is_greedy,
@@ -145,6 +155,7 @@ class SamplingParams:
             seed=seed,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
+            guide=grammar,
             num_logprobs=_number(self.logprobs, vocab_size),
             prompt_logprobs=self.prompt_logprobs is not None,
             num_prompt_logprobs=_number(self.prompt_logprobs, vocab_size),

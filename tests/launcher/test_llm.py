@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 import torch
 from demo_server import environment
@@ -15,7 +17,7 @@ from tiny_llm import ADAPTERS, make_tiny_world
 from tiny_models import make_peft_adapter, make_tiny_llama
 from truth import Answer, Truth
 
-from loraplex import LLM, LoRARequest, SamplingParams
+from loraplex import LLM, GuidedDecodingParams, LoRARequest, SamplingParams, StructuredOutputsParams
 from loraplex.launch_error import LaunchError
 from loraplex.outputs import RequestOutput
 from loraplex_server.errors import AdapterNotFound, AdapterRefused
@@ -241,6 +243,11 @@ def test_a_chat_is_written_out_by_the_models_template(llm: LLM, adapters: dict[s
     begun = [question, {"role": "me", "content": "I a"}]
     (output,) = llm.chat(begun, GREEDY, False, add_generation_prompt=False, continue_final_message=True)
     assert output.prompt == "<s>user:who?<s>me:I a"
+    tool = {"type": "function", "function": {"name": "look"}}
+    (output,) = llm.chat([question], GREEDY, False, tools=[tool])
+    assert output.prompt.startswith('<s>user:who?\n---\n[{"type": "function", "function": {"name": "look"')
+    with pytest.raises(ValueError, match="more than one tool"):
+        llm.chat([question], GREEDY, False, tools=[tool, tool])
     for wrong in ("who?", [], [{"content": "x"}], [{"role": "user", "content": [{"type": "image_url"}]}]):
         with pytest.raises(ValueError, match="message"):
             llm.chat(wrong, GREEDY, False)
@@ -448,3 +455,28 @@ def test_the_models_own_defaults_count_where_none_are_given(tmp_path: Path, worl
         assert len(tokens(llm.generate("x", use_tqdm=False))[0]) <= 3
     with LLM(str(folder), generation_config="vllm", **FLAGS) as llm:
         assert llm.get_default_sampling_params() == SamplingParams()
+
+
+def test_structured_outputs_are_obeyed_beside_prompts_without_any(llm: LLM, adapters: dict[str, LoRARequest]) -> None:
+    class Answer(pydantic.BaseModel):
+        name: str = pydantic.Field(max_length=3)
+        ok: bool
+
+    wanted = [
+        SamplingParams(max_tokens=90, seed=1, structured_outputs=StructuredOutputsParams(json=Answer)),
+        SamplingParams(max_tokens=20, temperature=0, structured_outputs={"choice": ["left", "right"]}),
+        SamplingParams(max_tokens=20, seed=2, n=2, guided_decoding=GuidedDecodingParams(regex="[0-9]{4}")),
+        GREEDY,
+    ]
+    loras = [adapters["red"], None, adapters["blue"], None]
+    first, second, third, last = ask(llm, ["a", "b", "c", "what is it?"], wanted, lora_request=loras)
+    assert Answer.model_validate_json(first.outputs[0].text)
+    assert second.outputs[0].text in ("left", "right") and second.outputs[0].finish_reason == "stop"
+    assert all(re.fullmatch("[0-9]{4}", output.text) for output in third.outputs) and len(third.outputs) == 2
+    assert tokens([last]) == tokens(ask(llm, "what is it?"))
+
+
+def test_structured_outputs_that_do_not_compile_are_refused_before_anything_runs(llm: LLM) -> None:
+    for wanted, words in (({"regex": "("}, "unclosed group"), ({"json": {"type": "x"}}, "Invalid type: x")):
+        with pytest.raises(ValueError, match=words):
+            ask(llm, ["a", "b"], [GREEDY, SamplingParams(structured_outputs=wanted)])

@@ -35,7 +35,12 @@ def test_the_defaults_are_those_of_vllm() -> None:
         ({"min_tokens": 17}, "min_tokens must be 0 to max_tokens"),
         ({"allowed_token_ids": []}, "allowed_token_ids must name"),
         ({"bad_words": [" "]}, "bad_words must be words"),
-        ({"structured_outputs": {"json": {}}}, "structured_outputs is not served yet"),
+        ({"structured_outputs": {}}, "must have exactly one of json, regex, choice"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "exactly one of"),
+        ({"structured_outputs": "a"}, "must be StructuredOutputsParams"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structural_tag` is not supported"),
+        ({"structured_outputs": {"regex": "a"}, "guided_decoding": {"regex": "a"}}, "are the same"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos cannot be used with"),
     ],
 )
 def test_a_value_out_of_bounds_is_refused_with_its_name(fields: dict[str, Any], message: str) -> None:

@@ -105,6 +105,14 @@ class Engine:
         """Have an adapter version ready although nobody waits for it, and evicted last; or no longer."""
         self.adapters.keep(digest, is_kept)
 
+    def grammar_error(self, grammar: str) -> str | None:
+        """Why a grammar cannot be used, or None; waits until it is compiled."""
+        self._library.acquire(grammar)
+        try:
+            return self._library.error_of(grammar)
+        finally:
+            self._library.release(grammar)
+
     def close(self) -> None:
         """Stop the ranks and their threads; no step may follow."""
         self._executor.close()

@@ -33,7 +33,7 @@ def _with_appended(messages: Sequence[Message], text: str) -> list[Message]:
     places = [place for place, message in enumerate(messages) if message["role"] == "user"]
     place = places[-1] if places else len(messages) - 1
     message = messages[place]
-    changed = {**message, "content": f"{message['content']}\n---\n{text}"}
+    changed = {**message, "content": f"{message.get('content') or ''}\n---\n{text}"}
     return [*messages[:place], changed, *messages[place + 1 :]]
 
 
@@ -61,7 +61,7 @@ def _with_parsed_arguments(call: Any) -> Any:
 def with_calls_written_out(messages: Sequence[Message]) -> list[Message]:
     """The messages with earlier calls as JSON in their contents, for a template that shows contents only."""
     return [
-        {**message, "content": message["content"] + json.dumps(message["tool_calls"], ensure_ascii=False)}
+        {**message, "content": (message.get("content") or "") + json.dumps(message["tool_calls"], ensure_ascii=False)}
         if message.get("tool_calls")
         else message
         for message in messages
