@@ -14,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 from loraplex.foreign_flags import ALIASES, FOREIGN_SWITCHES, IGNORED, NOT_YET
+from loraplex_models.s3_access import S3Access
 from loraplex_server.config import (
     AdapterConfig,
     AdapterSourceConfig,
@@ -224,7 +225,7 @@ def settings_from(context: click.Context) -> Settings:
         serve=ServeConfig(
             api=ApiConfig(**build(ApiConfig)),
             engine=EngineConfig(**build(EngineConfig), adapters=AdapterConfig(**build(AdapterConfig))),
-            adapter_sources=AdapterSourceConfig(**build(AdapterSourceConfig), **hub),
+            adapter_sources=AdapterSourceConfig(**build(AdapterSourceConfig), **hub, **s3_environment()),
         ),
         warnings=tuple(context.meta.get("loraplex.warnings", ())),
     )
@@ -246,6 +247,25 @@ def hub_environment(cache: str | None) -> dict[str, Any]:
         "hub_token": _first_set("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_API_TOKEN"),
         "hub_endpoint": _first_set("HF_ENDPOINT"),
         "hub_offline": _is_on("HF_HUB_OFFLINE"),
+    }
+
+
+def s3_environment() -> dict[str, Any]:
+    """What the variables of AWS, and of LoRAX for its sources, say."""
+    account = _first_set("R2_ACCOUNT_ID")
+    bucket, folder = _first_set("PREDIBASE_MODEL_BUCKET") or "", _first_set("PREDIBASE_MODEL_FOLDER") or ""
+    access = S3Access(
+        endpoint=_first_set("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+        or (f"https://{account}.r2.cloudflarestorage.com" if account else None),
+        region=_first_set("AWS_REGION", "AWS_DEFAULT_REGION") or ("auto" if account else "us-east-1"),
+        access_key=_first_set("AWS_ACCESS_KEY_ID"),
+        secret_key=_first_set("AWS_SECRET_ACCESS_KEY"),
+        session_token=_first_set("AWS_SESSION_TOKEN"),
+    )
+    return {
+        "s3": access,
+        "s3_folder": "/".join(part.strip("/") for part in (bucket, folder) if bucket and part),
+        "predibase_gateway": _first_set("PREDIBASE_GATEWAY_ENDPOINT"),
     }
 
 

@@ -5,12 +5,10 @@ that one caller's private files would reach another; they do not go on where an 
 be ended while bytes still trickle in.
 """
 
-import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
@@ -21,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import HTTPError as HubConnectionError  # type: ignore[attr-defined]  # of its HTTP client
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
+from loraplex_models.part_files import held_part
 from loraplex_models.sources import (
     ADAPTER_FILES,
     PICKLE_FILE,
@@ -154,29 +153,11 @@ def download(
         path = target / below
         path.parent.mkdir(parents=True, exist_ok=True)
         key = hashlib.sha256(f"{adapter.repo}\n{adapter.commit}\n{file.name}".encode()).hexdigest()
-        with _part(parts / key) as (part, handle):
+        with held_part(parts / key) as (part, handle):
             _bring(adapter, file, handle, access, endpoint, what, on_bytes, num_before)
             _check_content(file, part, what)
             os.replace(part, path)
         num_before += file.num_bytes
-
-
-@contextmanager
-def _part(path: Path) -> Iterator[tuple[Path, BufferedWriter]]:
-    """The file that collects what arrives, held by this process; one of its own while another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process: there are no stale locks
-        except BlockingIOError:
-            own = path.with_name(f"{path.name}.{os.getpid()}")
-            with own.open("wb") as own_handle:
-                try:
-                    yield own, own_handle
-                finally:
-                    own.unlink(missing_ok=True)
-            return
-        yield path, handle
 
 
 def _bring(

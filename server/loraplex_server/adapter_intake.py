@@ -18,7 +18,11 @@ from loraplex_models.adapters.finite import check_finite
 from loraplex_models.adapters.manifest import ManifestError, check_adapter
 from loraplex_models.config import ModelConfig, read_config
 from loraplex_models.hub_adapters import HubAdapter, download, look_up
+from loraplex_models.predibase import adapter_path
+from loraplex_models.s3_objects import download as download_object
+from loraplex_models.s3_objects import look_up as look_up_object
 from loraplex_models.sources import (
+    ADAPTER_FILES,
     SourceError,
     SourceForbidden,
     SourceFormatError,
@@ -93,8 +97,11 @@ class AdapterIntake:
                         return self._from_hub(name, location, token, deadline)
                     case "local":
                         return BroughtAdapter(self._from_folder(name, location, deadline))
-                    case source:
-                        raise InvalidRequest(f"`adapter_source` {source} is not served: use hub or local")
+                    case "s3":
+                        return self._from_s3(name, location.place, None, deadline)
+                    case "pbase":
+                        place = adapter_path(self._config.predibase_gateway, location.place, token)
+                        return self._from_s3(name, place, self.scope_of(token), deadline)
         except SourceError as error:
             raise adapter_error(error, f"adapter '{name}': {error}") from None
 
@@ -187,10 +194,46 @@ class AdapterIntake:
         scope = None if found.is_public or not token else self.scope_of(token)
         key = store_key("hub", found.repo, found.folder, found.commit)
         folder = self._stored(key, found, name, token or shared, deadline)
-        # In what the engine shows, a private adapter has no name.
-        shown_name = name if scope is None else f"private-{store_key(scope, key)[:12]}"
         spec = self.check(name, folder, "hub", found.commit, deadline)
-        return BroughtAdapter(msgspec.structs.replace(spec, adapter_id=shown_name), scope)
+        return BroughtAdapter(_shown_as(spec, scope, key), scope)
+
+    def _from_s3(self, name: str, place: str, scope: str | None, deadline: float) -> BroughtAdapter:
+        """`scope`: whose token has told the place; a place that a request names itself is the operator's to allow."""
+        bucket, prefix = self._s3_place(place, is_told=scope is not None)
+        access = self._config.s3
+        found = [one for file in ADAPTER_FILES if (one := look_up_object(access, bucket, f"{prefix}/{file}"))]
+        if len(found) < len(ADAPTER_FILES):
+            raise SourceNotFound(f"S3 has no {' and '.join(ADAPTER_FILES)} there")
+        num_bytes = sum(one.num_bytes for one in found)
+        self._check_size(name, num_bytes)
+
+        def bring(staging: Path) -> None:
+            self._make_room(name, num_bytes)
+            logger.info("adapter '%s': downloading %d bytes from S3", name, num_bytes)
+            for one, file in zip(found, ADAPTER_FILES, strict=True):
+                part = self._store.parts / store_key(access.address, bucket, one.key, one.etag)
+                download_object(access, one, staging / file, part, lambda _: self._keep_going(name, deadline))
+
+        self._prepare()
+        key = store_key("s3", access.address, bucket, prefix, *(one.etag for one in found))
+        folder = self._store.find(key) or self._store.build(key, bring)
+        spec = self.check(name, folder, "s3" if scope is None else "pbase", None, deadline)
+        return BroughtAdapter(_shown_as(spec, scope, key), scope)
+
+    def _s3_place(self, place: str, *, is_told: bool) -> tuple[str, str]:
+        """The bucket and the prefix that a name means, if adapters may be named there.
+
+        What a gateway has told the holder of a token may lie in the operator's own folder; others cannot name it there.
+        """
+        place = place.removeprefix("s3://").strip("/")
+        own = self._config.s3_folder
+        allowed = [root.removeprefix("s3://").strip("/") for root in self._config.adapter_bucket]
+        allowed += [own] if own and is_told else []
+        for candidate in (place, f"{own}/{place}" if own else place):
+            if any(candidate.startswith(f"{root}/") for root in allowed):
+                bucket, _, prefix = candidate.partition("/")
+                return bucket, prefix
+        raise SourceNotFound("it is in no bucket that adapters may be named in (--adapter-bucket)")
 
     def _stored(self, key: str, found: HubAdapter, name: str, token: str | None, deadline: float) -> Path:
         self._prepare()
@@ -250,6 +293,11 @@ class AdapterIntake:
             raise AdapterUnavailable("the server is going down")
         if time.monotonic() > deadline:
             raise timed_out(name, self._config.adapter_fetch_timeout)
+
+
+def _shown_as(spec: AdapterSpec, scope: str | None, key: str) -> AdapterSpec:
+    """In what the engine shows, a private adapter has no name."""
+    return spec if scope is None else msgspec.structs.replace(spec, adapter_id=f"private-{store_key(scope, key)[:12]}")
 
 
 def timed_out(name: str, timeout_s: float) -> AdapterUnavailable:

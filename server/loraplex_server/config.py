@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraplex_models.s3_access import S3Access
 from loraplex_server.messages import AdapterSpec
 
 
@@ -160,6 +161,10 @@ class AdapterSourceConfig:
     adapter_root: tuple[str, ...] = setting(
         (), "folder below which requests may name adapters (source local); none given means none; repeatable"
     )
+    adapter_bucket: tuple[str, ...] = setting(
+        (),
+        "bucket, or bucket/prefix, where requests may name adapters (source s3); none given means none; repeatable",
+    )
     adapter_list: str | None = setting(
         None, "file of adapters, one a line as in --lora-adapters, each found and checked on its first use"
     )
@@ -181,6 +186,9 @@ class AdapterSourceConfig:
     hub_token: str | None = None
     hub_endpoint: str | None = None
     hub_offline: bool = False
+    s3: S3Access = field(default_factory=S3Access)
+    s3_folder: str = ""  # bucket, or bucket/prefix, that names without one are relative to
+    predibase_gateway: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
