@@ -38,6 +38,7 @@ class Hub:
     status: int | None = None  # answered to everything, when set
     cut_downloads_at: int | None = None  # bytes of an answer after which the connection is closed, when set
     piece_pause_s: float = 0.0  # between pieces of 1 kB
+    cuts: list[int] = field(default_factory=list)  # the same for the next downloads, one by one
     damage_downloads: bool = False
     requests: list[str] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)  # where downloads went on
@@ -156,8 +157,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             headers["Content-Length"] = str(len(content) - start)
             if self.command == "GET" and hub.damage_downloads:
                 content = bytes(len(content))
-            if self.command == "GET" and hub.cut_downloads_at is not None:
-                content = content[: start + hub.cut_downloads_at]
+            cut = hub.cuts.pop(0) if self.command == "GET" and hub.cuts else hub.cut_downloads_at
+            if self.command == "GET" and cut is not None:
+                content = content[: start + cut]
                 self.close_connection = True
             self._answer(status, content[start:], headers)
 

@@ -243,25 +243,22 @@ def test_05_a_hub_that_never_sends_more_is_given_up(world: AdapterWorld) -> None
 
 def test_05_what_a_killed_process_left_is_used_or_removed(world: AdapterWorld) -> None:
     repository = world.publish("acme/cut")
-    world.hub.cut_downloads_at = 1500
+    world.hub.cuts = [10_000, 1500, 0, 0, 0]  # the config, a piece of the weights, and then nothing
 
     async def stop_half_way(server: TestServer) -> None:
-        fetch = asyncio.create_task(server.generate(adapter_id="acme/cut"))
-        async with asyncio.timeout(10):
-            while not any(part.stat().st_size for part in world.cache.glob("parts/*")):
-                await asyncio.sleep(0)
-        server.state.adapters.close()  # as far as its files go, the same as a kill
-        await asyncio.gather(fetch, return_exceptions=True)
+        assert refusal(await server.generate(adapter_id="acme/cut")) == (424, "adapter_unavailable")
+        [part] = world.cache.glob("parts/*")
+        assert part.stat().st_size == 1500
 
     world.serve(stop_half_way)
     left = world.cache / "staging" / "999999999-0"
     left.mkdir(parents=True)
     (left / CONFIG_FILE).write_bytes(b"half")
-    world.hub.cut_downloads_at = None
     world.engine = type(world.engine)()
 
     async def again(server: TestServer) -> None:
         assert (await server.generate(adapter_id="acme/cut")).status_code == 200
+        assert world.hub.resumed_at[-1] == 1500
         assert list(world.cache.glob("staging/*")) == list(world.cache.glob("parts/*")) == []
         [folder] = world.cache.glob("complete/*")
         assert {file.name: file.read_bytes() for file in folder.iterdir()} == repository.files
