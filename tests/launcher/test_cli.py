@@ -1,3 +1,4 @@
+import json
 import socket
 import subprocess
 import sys
@@ -5,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from loraplex import cli
 from loraplex.foreign_flags import spread_lora_modules
@@ -99,3 +102,22 @@ def test_the_command_line_brings_neither_torch_nor_the_hub() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_an_adapter_of_another_form_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "mlx"
+    source.mkdir()
+    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 4.0}}
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {"model.layers.0.self_attn.q_proj.lora_a": torch.ones(8, 2)}
+    save_file(tensors, source / "adapters.safetensors")
+    code, error = run(capsys, "adapters", "convert", str(source), str(tmp_path / "new"))
+    assert (code, "has only lora_a" in error, error.count("\n")) == (1, True, 1)
+    save_file(tensors | {"model.layers.0.self_attn.q_proj.lora_b": torch.ones(2, 8)}, source / "adapters.safetensors")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["adapters", "convert", str(source), str(tmp_path / "new")])
+    assert ended.value.code in (0, None)
+    assert capsys.readouterr().out == "1 modules of MLX written as LoRA of rank 2\n"
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors"
+    ]  # fmt: skip

@@ -37,8 +37,7 @@ def logits(folder: Path, adapters: list[Path], group: ParallelGroup) -> list[Ten
         manifest = check_adapter(adapter, config, max_rank=64, num_ranks=group.size)
         weights = load_adapter_weights(adapter, manifest, dtype=torch.float32)
         weights = cut_adapter(weights, RankPart(config, group.rank, group.size))
-        check_against_base(weights, model)
-        slots.set(slot, weights)
+        slots.set(slot, check_against_base(weights, model))
     paged = PagedModel(model, slots=slots)
     names = [str(slot) for slot in range(-1, len(adapters))]
     for name in names:

@@ -4,6 +4,7 @@ DoRA scales each output so that its row of W + s·BA has the length m that the a
 g = m / ‖W + s·BA‖, and g ⊙ (W x) + bias + g ⊙ s·B(A x) is what the layers get as a gain, a shift, and a B with g in it.
 """
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -34,8 +35,11 @@ class BaseModel(Protocol):
         ...
 
 
-def check_against_base(weights: AdapterWeights, base: BaseModel) -> None:
-    """Refuse what only the base's weights can show to be wrong. Raises ManifestError."""
+def check_against_base(weights: AdapterWeights, base: BaseModel) -> AdapterWeights:
+    """Refuse what only the base's weights can show to be wrong; return the weights without copies of the base's.
+
+    Raises ManifestError.
+    """
     for module, parts in weights.parts.items():
         if parts.bias is not None and base.base_bias(module) is None:
             raise ManifestError(
@@ -60,12 +64,17 @@ def check_against_base(weights: AdapterWeights, base: BaseModel) -> None:
                     f" modules_to_save=['{name}']",
                     "adapter_incompatible",
                 )
+    ends = {name: replace(end, base_copy=None) for name, end in weights.ends.items() if end.tensors}
+    return replace(weights, ends=ends)
 
 
 def finish_linear(
     base: BaseModel, module: str, pair: tuple[Tensor, Tensor] | None, parts: ModuleParts
 ) -> tuple[tuple[Tensor, Tensor] | None, OutputChange]:
-    """Return the pair with the gain in B, and the change of the base's output; `pair` is None without a product."""
+    """Return the pair with the gain in B, and the change of the base's output; `pair` is None without a product.
+
+    Raises ValueError where DoRA's gain is too large for the pair's dtype.
+    """
     bias = base.base_bias(module)
     shift = None if parts.bias is None or bias is None else parts.bias.to(bias.device) - bias
     if parts.magnitude is not None and pair is not None:
@@ -80,7 +89,7 @@ def finish_linear(
 
 
 def finish_end(base: BaseModel, name: str, end: EndParts) -> EndChange:
-    """Return what an adapter does to the embedding or the head."""
+    """Return what an adapter does to the embedding or the head. Raises ValueError as `finish_linear` does."""
     pair, change = end.pair, None
     if end.parts.magnitude is not None and pair is not None:
         # An embedding's rows of weights are the columns of its matrix.
@@ -99,5 +108,10 @@ def finish_end(base: BaseModel, name: str, end: EndParts) -> EndChange:
 def _gain(weight: Tensor, pair: tuple[Tensor, Tensor], magnitude: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     a, b = pair
     product = b.to(weight.device).float() @ a.to(weight.device).float()
-    gain = magnitude.to(weight.device) / torch.linalg.vector_norm(weight + product, dim=1)
-    return gain, (a, (b.float() * gain.to(b.device).unsqueeze(1)).to(b.dtype))
+    lengths = torch.linalg.vector_norm(weight + product, dim=1)
+    # A row of zeros, such as a vocabulary is filled up with, gives nothing whatever its gain is.
+    gain = torch.where(lengths > 0, magnitude.to(weight.device) / lengths, 0)
+    scaled = (b.float() * gain.to(b.device).unsqueeze(1)).to(b.dtype)
+    if not (gain.isfinite().all() and scaled.isfinite().all()):
+        raise ValueError(f"DoRA's gains of up to {gain.abs().max():g} do not fit into {b.dtype}")
+    return gain, (a, scaled)

@@ -93,8 +93,7 @@ def build_worker(
         else:
             weights = read_whole(source)
         weights = cut_adapter(weights, part)
-        check_against_base(weights, model)
-        return weights
+        return check_against_base(weights, model)
 
     sampler = Sampler(
         config.max_batch_size,

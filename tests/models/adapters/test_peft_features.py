@@ -16,10 +16,10 @@ from tiny_families import FAMILIES, make_tiny
 from tiny_models import load_peft, make_peft_adapter, make_tiny_llama, peft_warnings_ignored
 from transformers import PreTrainedModel
 
-from loraplex_models.adapters.finish import check_against_base
+from loraplex_models.adapters.finish import check_against_base, finish_linear
 from loraplex_models.adapters.manifest import ManifestError, check_adapter
 from loraplex_models.adapters.slots import AdapterSlots
-from loraplex_models.adapters.weights import load_adapter_weights
+from loraplex_models.adapters.weights import ModuleParts, load_adapter_weights
 from loraplex_models.decoder import CausalLM
 from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
@@ -185,8 +185,7 @@ def filled(world: World, names: list[str]) -> AdapterSlots:
     for slot, name in enumerate(names):
         manifest = check_adapter(world.folders[name], world.model.config, max_rank=64)
         weights = load_adapter_weights(world.folders[name], manifest, dtype=torch.float32)
-        check_against_base(weights, world.model)
-        slots.set(slot, weights)
+        slots.set(slot, check_against_base(weights, world.model))
     return slots
 
 
@@ -239,6 +238,60 @@ def test_without_what_is_beside_the_products_the_answer_would_be_wrong(world: Wo
             paged.add(str(slot), tokens, slot)
         paged.step({"0": 8, "1": 8})
         assert (paged.logits("0") - paged.logits("1")).abs().max() > 0.1, name
+
+
+def test_a_copy_of_the_bases_own_matrix_is_compared_and_not_kept(tmp_path: Path) -> None:
+    truth = make_tiny_llama(tmp_path / "model")
+    cpu = torch.device("cpu")
+    model = load_model(tmp_path / "model", dtype=torch.float32, device=cpu, group=ParallelGroup.single())
+    folder = make_adapter(tmp_path / "a", truth, Feature(targets=("lm_head",)))
+    manifest = check_adapter(folder, model.config, max_rank=64)
+    weights = load_adapter_weights(folder, manifest, dtype=torch.float32)
+    assert weights.ends["lm_head"].base_copy is not None
+    checked = check_against_base(weights, model)
+    assert checked.ends["lm_head"].base_copy is None and checked.ends["lm_head"].pair is not None
+    other = make_tiny_llama(tmp_path / "other", seed=9)
+    folder = make_adapter(tmp_path / "b", other, Feature(targets=("lm_head",)))
+    manifest = check_adapter(folder, model.config, max_rank=64)
+    with pytest.raises(ManifestError, match="copy of the base's lm_head is another matrix"):
+        check_against_base(load_adapter_weights(folder, manifest, dtype=torch.float32), model)
+
+
+class OneLinear:
+    """A base of one linear, for what real ones seldom have."""
+
+    first_token = 0
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+
+    def base_weight(self, module: str) -> torch.Tensor:
+        return self._weight
+
+    def base_bias(self, module: str) -> torch.Tensor | None:
+        return None
+
+
+def test_dora_of_a_row_of_zeros_gives_nothing_and_of_a_huge_length_is_refused() -> None:
+    weight = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    pair = torch.zeros(1, 2), torch.zeros(2, 1)
+    _, change = finish_linear(OneLinear(weight), "any", pair, ModuleParts(magnitude=torch.tensor([10.0, 1.0])))
+    assert change.gain_minus_one is not None and change.gain_minus_one.tolist() == [1.0, -1.0]
+    half = torch.ones(1, 2).half(), torch.ones(2, 1).half()
+    with pytest.raises(ValueError, match=r"do not fit into torch\.float16"):
+        finish_linear(OneLinear(weight), "any", half, ModuleParts(magnitude=torch.tensor([1e6, 1.0])))
+
+
+def test_a_trained_bias_of_a_linear_without_one_is_refused(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path / "model")
+    cpu = torch.device("cpu")
+    model = load_model(tmp_path / "model", dtype=torch.float32, device=cpu, group=ParallelGroup.single())
+    biased = make_tiny_llama(tmp_path / "biased", **BASES["biases"])
+    folder = make_adapter(tmp_path / "a", biased, Feature({"bias": "all"}))
+    manifest = check_adapter(folder, model.config, max_rank=64)
+    with pytest.raises(ManifestError, match="which has none in the base model") as caught:
+        check_against_base(load_adapter_weights(folder, manifest, dtype=torch.float32), model)
+    assert caught.value.error_type == "adapter_incompatible"
 
 
 def test_plain_adapters_carry_nothing_more(world: World) -> None:

@@ -143,6 +143,33 @@ def test_a_value_that_is_not_finite_is_refused_with_the_tensors_name(value: floa
     assert caught.value.error_type == "adapter_invalid"
 
 
+@pytest.mark.parametrize(
+    ("fields", "name", "shape"),
+    [
+        ({"lora_bias": True}, "model.layers.0.self_attn.q_proj.lora_B.bias", (32,)),
+        ({"bias": "all"}, "model.layers.0.self_attn.k_proj.bias", (16,)),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight", (100, 32)),
+        ({"trainable_token_indices": [3]}, "model.embed_tokens.token_adapter.trainable_tokens_delta", (1, 32)),
+        ({}, "lm_head.lora_A.weight", (4, 32)),
+    ],
+)
+def test_a_value_that_is_not_finite_is_refused_in_parts_beside_a_and_b_too(
+    fields: dict[str, Any], name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    tensors = lora_tensors()
+    if "lora_bias" in fields:
+        tensors |= {key.replace("lora_B.weight", "lora_B.bias"): torch.ones(32) for key in tensors if "lora_B" in key}
+    tensors["base_model.model." + name] = torch.ones(shape)
+    if "lm_head.lora_A" in name:
+        tensors["base_model.model.lm_head.lora_B.weight"] = torch.ones(100, 4)
+    tensors["base_model.model." + name].view(-1)[-1] = float("nan")
+    folder = write_adapter(tmp_path, config_fields(**fields), tensors)
+    manifest = check_adapter(folder, base_config(), max_rank=64)
+    with pytest.raises(ManifestError, match="not finite") as caught:
+        load_adapter_weights(folder, manifest, dtype=torch.float32)
+    assert name in str(caught.value)
+
+
 def test_a_scaling_that_overflows_the_served_dtype_is_refused(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path, config_fields(lora_alpha=1e6))
     with pytest.raises(ManifestError, match="does not fit into torch"):
