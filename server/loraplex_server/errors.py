@@ -7,6 +7,7 @@
     │   ├── TemplateFailed          422 template_error: the model's chat template refuses, or there is none
     │   └── ToolFailed              422 tool_error: `tools`, `tool_choice` or a tool's message is wrong
     ├── BodyTooLarge                413 payload_too_large
+    ├── HeadersTooLarge             431 headers_too_large
     ├── BodyTimeout                 408 timeout: the body came too slowly
     ├── UnsupportedMediaType        415 unsupported_media_type
     ├── Unauthorized                401 unauthorized
@@ -65,6 +66,12 @@ class BodyTooLarge(LoraplexError):
     """The body is larger than the server reads."""
 
     error_type = "payload_too_large"
+
+
+class HeadersTooLarge(LoraplexError):
+    """The headers are larger or more than the server accepts."""
+
+    error_type = "headers_too_large"
 
 
 class BodyTimeout(LoraplexError):

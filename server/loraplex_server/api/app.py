@@ -7,6 +7,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from loraplex_server.api.http_errors import handle_http_exception, handle_loraplex_error
+from loraplex_server.api.http_protocol import HeaderLimits
 from loraplex_server.api.middleware import ApiKeys, BodyLimit, RequestLog
 from loraplex_server.api.routes import (
     adapters,
@@ -75,6 +76,7 @@ def build_app(state: ApiState) -> Starlette:
         routes=ROUTES,
         middleware=[
             Middleware(RequestLog),
+            Middleware(HeaderLimits),
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(config.cors_allow_origin) or ["*"],

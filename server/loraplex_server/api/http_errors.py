@@ -33,6 +33,7 @@ STATUS_OF_TYPE = {
     "generation": 424,
     "adapter_unavailable": 424,
     "overloaded": 429,
+    "headers_too_large": 431,
     "client_closed_request": 499,
     "internal": 500,
     "incomplete_generation": 500,
@@ -97,7 +98,7 @@ def error_response(error: LoraplexError, path: str) -> Response:
         headers["x-should-retry"] = "false"
     if error.error_type == "unauthorized":
         headers["www-authenticate"] = "Bearer"
-    if error.error_type in ("payload_too_large", "timeout"):
+    if error.error_type in ("payload_too_large", "headers_too_large", "timeout"):
         headers["connection"] = "close"  # the rest of the body is not read
     return _response(error_body(error), status, path, headers)
 

@@ -19,6 +19,7 @@ from loraplex_server.api.app import build_app
 from loraplex_server.api.client import EngineClient
 from loraplex_server.api.generation import Generator
 from loraplex_server.api.guide_checker import GuideChecker
+from loraplex_server.api.http_protocol import MAX_HEADER_BYTES, HttpProtocol
 from loraplex_server.api.state import ApiState, Serving
 from loraplex_server.config import ApiConfig, ServeConfig
 from loraplex_server.control import ControlLine
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 # Longer than the idle time of usual load balancers, so that they close first.
 KEEP_ALIVE_S = 75
-MAX_HEADER_BYTES = 64 * 1024
 # How long the last words of failed requests may take to reach their clients.
 LAST_WORDS_S = 2
 BACKLOG = 2048
@@ -136,7 +136,7 @@ class _ApiProcess:
         self._server = _Server(
             uvicorn.Config(
                 build_app(self._state),
-                http="h11",
+                http=HttpProtocol,
                 ws="none",
                 lifespan="off",
                 access_log=False,

@@ -14,6 +14,7 @@ from loraplex_server.api.admission import Admission, GuideCheck
 from loraplex_server.api.app import build_app
 from loraplex_server.api.client import EngineClient
 from loraplex_server.api.generation import Generator
+from loraplex_server.api.http_protocol import MAX_HEADER_BYTES, HttpProtocol
 from loraplex_server.api.state import ApiState, Serving
 from loraplex_server.config import AdapterConfig, AdapterSourceConfig, ApiConfig, EngineConfig, ServeConfig
 from loraplex_server.messages import (
@@ -314,7 +315,16 @@ async def _transport(app: Any, live: bool) -> AsyncIterator[tuple[httpx.AsyncBas
         yield httpx.ASGITransport(app, raise_app_exceptions=False), "http://api"
         return
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, lifespan="off", log_config=None, log_level="critical", timeout_graceful_shutdown=1)
+        uvicorn.Config(
+            app,
+            http=HttpProtocol,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            port=0,
+            lifespan="off",
+            log_config=None,
+            log_level="critical",
+            timeout_graceful_shutdown=1,
+        )
     )
     server.capture_signals = _no_signals  # type: ignore[method-assign]
     serving = asyncio.create_task(server.serve())
