@@ -43,7 +43,7 @@ IGNORED = (
     IgnoredFlag("--trust-remote-code", "code that comes with a model is never run", takes_value=False),
     IgnoredFlag("--waiting-served-ratio", _SCHEDULING),
     IgnoredFlag("--max-waiting-tokens", _SCHEDULING),
-    IgnoredFlag("--cuda-graphs", "the model runs on the CPU, where there are no CUDA graphs"),
+    IgnoredFlag("--cuda-graphs", "on a GPU decodes have graphs for batch sizes of our choice; on a CPU there are none"),
     IgnoredFlag("--prometheus-port", "metrics are served under /metrics of the port itself"),
     IgnoredFlag("--shard-uds-path", "sockets lie in a private temporary folder"),
     IgnoredFlag("--disable-custom-kernels", "the CPU path has no kernels to switch off", takes_value=False),
@@ -61,7 +61,6 @@ IGNORED = (
 
 # Settings of ours that nothing reads yet, with the reason; giving one is answered like a flag without effect.
 NOT_YET: dict[str, str] = {
-    "cuda_memory_fraction": "the model runs on the CPU (--kv-memory-fraction shares out its memory)",
     "otlp_endpoint": "traces are not exported yet",
     "otlp_service_name": "traces are not exported yet",
 }

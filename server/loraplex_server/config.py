@@ -102,7 +102,7 @@ class EngineConfig:
     starvation_bound_s: float = setting(
         5.0, "seconds in the queue after which a request goes before all others, and running ones may have to give way"
     )
-    cuda_memory_fraction: float = setting(1.0, "share of the GPU's memory allowed")
+    cuda_memory_fraction: float = setting(1.0, "GPU: share of its memory that may be taken")
     num_threads: int = setting(0, "CPU threads of the engine; 0 means min(cores, 4), or OMP_NUM_THREADS", minimum=0)
     enable_prefill_logprobs: bool = setting(False, "allow log-probabilities of the prompt's tokens")
     watermark_gamma: float = setting(0.5, "share of the vocabulary on the watermark's green list")
