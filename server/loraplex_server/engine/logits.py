@@ -12,6 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraplex_kernels import cuts
+from loraplex_kernels.dispatch import on_gpu
+
 WATERMARK_KEY = 15485863  # the millionth prime; as TGI and transformers, so that their detectors find the watermark
 
 
@@ -111,6 +114,9 @@ def keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> None:
     top_k: [rows] int64, vocab for off; top_p: [rows], 1 for off. The token that crosses the border stays, and so
     does every token that ties with the last one kept: what is kept does not depend on how ties were sorted.
     """
+    if on_gpu(scores):
+        cuts.keep_top(scores, top_k, top_p)
+        return
     ascending = _sort(scores)
     border = ascending.gather(1, scores.shape[1] - top_k[:, None])
     probs = (ascending - ascending[:, -1:]).exp_().masked_fill_(ascending < border, 0)
@@ -132,6 +138,9 @@ def keep_typical(scores: Tensor, typical_p: Tensor) -> None:
 
     typical_p: [rows]. The token that crosses the border stays, and so do its ties (Meister et al. 2022).
     """
+    if on_gpu(scores):
+        cuts.keep_typical(scores, typical_p)
+        return
     logprobs = scores.log_softmax(dim=1)
     probs = logprobs.exp()
     entropy = -(logprobs * probs).nansum(dim=1, keepdim=True)

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from loraplex_kernels.gpu import activation, attention, choice, grouped_linear, kv_cache, lora, norm
+from loraplex_kernels.gpu import activation, attention, choice, cuts, grouped_linear, kv_cache, lora, norm
 from loraplex_kernels.grouped_linear import pack_groups
 from loraplex_kernels.kv_cache import HeadNorms
 from loraplex_kernels.lora_pages import RankPages, RowDelta, make_tiles
@@ -76,6 +76,9 @@ def call_all(dtype: torch.dtype) -> None:
     norm.rms_norm_groups(qkv[:, :4096], x[0], 128, 1e-5)
     norm.add_rms_norm(x, x, x[0], 1e-5, RowDelta(x, pages, tiles), x[0])
     choice.most_likely(numbers(8, 128256))
+    scores = torch.empty(8, 128256)
+    cuts.keep_top(scores, torch.ones(8, dtype=torch.int64), scores[:, 0].contiguous())
+    cuts.keep_typical(scores, scores[:, 0].contiguous())
     packed = pack_groups(
         torch.zeros(256, 4096, dtype=torch.uint8), torch.full((1, 1), 8), torch.ones(256, 32), None, 4, dtype, CPU
     )
