@@ -20,6 +20,16 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What a checkpoint calls the linears: `<block>.gate`, and `<block>.experts.<number>.<gate, up or down>`."""
+
+    block: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertsConfig:
     """A mixture of experts: how many, how many of them a token goes to, and the layers that have a plain MLP instead.
 
@@ -30,6 +40,7 @@ class ExpertsConfig:
     num_chosen: int
     inner_size: int
     rescales: bool
+    names: ExpertNames
     dense_layers: tuple[int, ...] = ()
 
 
@@ -241,8 +252,10 @@ def _attention_scale(raw: dict[str, Any]) -> float | None:
 def _experts(raw: dict[str, Any], architecture: str) -> ExpertsConfig | None:
     if architecture == "MixtralForCausalLM":
         inner_size, rescales = int(_required(raw, "intermediate_size")), True
+        names = ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")
     elif architecture == "Qwen3MoeForCausalLM":
         inner_size, rescales = int(_required(raw, "moe_intermediate_size")), bool(raw["norm_topk_prob"])
+        names = ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
     else:
         return None
     num_experts = int(_required(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts"))
@@ -252,7 +265,7 @@ def _experts(raw: dict[str, Any], architecture: str) -> ExpertsConfig | None:
     num_layers, step = int(_required(raw, "num_hidden_layers")), int(raw.get("decoder_sparse_step") or 1)
     named = raw.get("mlp_only_layers") or ()
     dense_layers = tuple(i for i in range(num_layers) if i in named or (i + 1) % step)
-    return ExpertsConfig(num_experts, num_chosen, inner_size, rescales, dense_layers)
+    return ExpertsConfig(num_experts, num_chosen, inner_size, rescales, names, dense_layers)
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

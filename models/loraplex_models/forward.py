@@ -6,6 +6,7 @@ from torch import Tensor
 
 from loraplex_kernels.lora import LoraSegments, LoraTable
 from loraplex_kernels.lora_pages import LinearPages, RowTiles
+from loraplex_models.layers.expert_lora import ExpertDeltas
 from loraplex_models.layers.lora_extras import EmbeddingExtras, HeadExtras, LinearExtras
 
 
@@ -41,6 +42,7 @@ class LoraBatch:
     embedding: EmbeddingExtras | None = None
     head: HeadExtras | None = None
     tiles: RowTiles | None = None
+    experts: ExpertDeltas | None = None  # absent when no adapter of the batch touches experts
     pages: tuple[LinearPages | None, ...] = ()  # by the linear's index, as the tables
 
 

@@ -4,9 +4,7 @@ from loraplex_models.config import ModelConfig
 from loraplex_models.decoder import CausalLM, DecoderLayer
 from loraplex_models.layers.activation import GATED_ACTIVATIONS
 from loraplex_models.layers.build import Build
-from loraplex_models.layers.moe import ExpertNames, SparseMLP
-
-NAMES = ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")
+from loraplex_models.layers.moe import SparseMLP
 
 
 class MixtralLayer(DecoderLayer):
@@ -15,7 +13,7 @@ class MixtralLayer(DecoderLayer):
     def _make_mlp(self, config: ModelConfig, build: Build) -> SparseMLP:
         assert config.experts is not None
         activate = GATED_ACTIVATIONS[config.activation]
-        return SparseMLP(build, self.prefix, config.hidden_size, config.experts, NAMES, activate)
+        return SparseMLP(build, self.index, config.hidden_size, config.experts, activate)
 
 
 class Mixtral(CausalLM):

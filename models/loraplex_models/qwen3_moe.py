@@ -5,10 +5,8 @@ from loraplex_models.decoder import CausalLM
 from loraplex_models.layers.activation import GATED_ACTIVATIONS
 from loraplex_models.layers.build import Build
 from loraplex_models.layers.mlp import MLP
-from loraplex_models.layers.moe import ExpertNames, SparseMLP
+from loraplex_models.layers.moe import SparseMLP
 from loraplex_models.qwen3 import Qwen3Layer
-
-NAMES = ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
 
 
 class Qwen3MoeLayer(Qwen3Layer):
@@ -19,7 +17,7 @@ class Qwen3MoeLayer(Qwen3Layer):
         if self.index in config.experts.dense_layers:
             return super()._make_mlp(config, build)
         activate = GATED_ACTIVATIONS[config.activation]
-        return SparseMLP(build, self.prefix, config.hidden_size, config.experts, NAMES, activate)
+        return SparseMLP(build, self.index, config.hidden_size, config.experts, activate)
 
 
 class Qwen3Moe(CausalLM):

@@ -20,6 +20,11 @@ def cut_adapter(weights: AdapterWeights, part: RankPart) -> AdapterWeights:
     """
     if part.size == 1:
         return weights
+    if weights.experts:
+        raise ManifestError(
+            f"the adapter changes experts, which is not served on {part.size} ranks: serve it with --num-shard 1",
+            "adapter_unsupported",
+        )
     return replace(
         weights,
         modules={name: _cut_module(name, a, b, part) for name, (a, b) in weights.modules.items()},

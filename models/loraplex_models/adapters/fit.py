@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from loraplex_models.adapters.experts import ExpertEntry, expert_entry
 from loraplex_models.adapters.lora_config import CONFIG_FILE, LoraConfig
 from loraplex_models.adapters.lora_features import ENDS
 from loraplex_models.adapters.pages import RankRows
@@ -83,6 +84,7 @@ class Fit:
         self.modules: dict[str, ModuleEntry] = {}
         self.biases: dict[str, str] = {}
         self.ends: dict[str, EndEntry] = {}
+        self.experts: list[ExpertEntry] = []
 
     def check_vocabulary(self) -> None:
         """Refuse matrices of another vocabulary first: their sizes say more than what else may be wrong."""
@@ -103,9 +105,13 @@ class Fit:
         for name, module in found.modules.items():
             if name in ENDS:
                 self._take_end(name, module)
+            elif ".experts" in name:
+                self.experts.append(expert_entry(name, module, self._config, self._lora, self._tensors))
+                self._check_dtype(module.names["A"])
+                self._check_dtype(module.names["B"])
             else:
                 self._take_linear(name, module)
-        if not (self.modules or self.biases or any(end.changes for end in self.ends.values())):
+        if not (self.modules or self.biases or self.experts or any(end.changes for end in self.ends.values())):
             raise ManifestError("no tensor of the adapter changes the base model", "adapter_incompatible")
         if self._config.tie_embeddings:
             self._share_with_head()
@@ -114,7 +120,8 @@ class Fit:
     @property
     def rank(self) -> int:
         """The highest of all products; 0 where there is none."""
-        return max((entry.rank for entry in self._products().values()), default=0)
+        ranks = [entry.rank for entry in self._products().values()] + [pair.rank for pair in self.experts]
+        return max(ranks, default=0)
 
     def num_bytes(self) -> int:
         """Size of the served tensors as they are stored."""
@@ -123,7 +130,8 @@ class Fit:
     def target_modules(self) -> tuple[str, ...]:
         """Kinds of modules that are changed."""
         names = [*self.modules, *self.biases, *(name for name, end in self.ends.items() if end.changes)]
-        return tuple(sorted({name.rpartition(".")[2] for name in names}))
+        kinds = {name.rpartition(".")[2] for name in names} | {f"experts.{entry.place}" for entry in self.experts}
+        return tuple(sorted(kinds))
 
     def rank_rows(self) -> tuple[RankRows, ...]:
         """The ranks of each kind of linear, with the number of layers that have them."""
@@ -138,7 +146,8 @@ class Fit:
         matrices = [name for end in self.ends.values() for name in (end.weight_name, end.rows_name) if name]
         products_of_ends = (end.product for end in self.ends.values() if end.product is not None)
         rows = sum(entry.rank * (entry.in_features + entry.out_features) for entry in products_of_ends)
-        return vectors + biases + rows + sum(prod(self._tensors[name].shape) for name in matrices)
+        experts = sum(entry.num_elements for entry in self.experts)
+        return vectors + biases + rows + experts + sum(prod(self._tensors[name].shape) for name in matrices)
 
     def warnings(self, base_model_name: str | None) -> list[str]:
         """What a reader should know of an adapter that is served."""
@@ -167,6 +176,8 @@ class Fit:
         for entry in self._products().values():
             yield from (entry.a_name, entry.b_name)
             yield from (name for name in (entry.magnitude_name, entry.b_bias_name) if name)
+        for pair in self.experts:
+            yield from (pair.a_name, pair.b_name)
         yield from self.biases.values()
         for end in self.ends.values():
             yield from (name for name in (end.weight_name, end.rows_name) if name)

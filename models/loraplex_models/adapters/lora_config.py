@@ -227,7 +227,7 @@ def _check_unserved(raw: dict[str, Any]) -> None:
             refuse(field, value, fix, "adapter_unsupported")
 
 
-def parse_lora_config(content: bytes, tensor_names: Iterable[str]) -> LoraConfig:
+def parse_lora_config(content: bytes, tensor_names: Iterable[str], *, has_experts: bool = False) -> LoraConfig:
     """Read the bytes of an adapter_config.json; the names of its tensors tell a LoRA that does not say so.
 
     Raises ManifestError for broken fields (adapter_invalid) and for features that are not served.
@@ -236,7 +236,10 @@ def parse_lora_config(content: bytes, tensor_names: Iterable[str]) -> LoraConfig
     warnings = _check_method(raw, tensor_names)
     _check_task(raw)
     _check_init(raw)
-    _check_unserved(raw)
+    # What is adapted of experts is told by the names of the tensors.
+    _check_unserved(
+        {field: value for field, value in raw.items() if not (has_experts and field == "target_parameters")}
+    )
     flag(raw, "fan_in_fan_out")  # how the base stores its weight; A and B are the same either way
     base_model_name = raw.get("base_model_name_or_path")
     if base_model_name is not None and not isinstance(base_model_name, str):

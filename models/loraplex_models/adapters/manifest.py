@@ -9,6 +9,7 @@ from io import BufferedReader
 from math import prod
 from pathlib import Path
 
+from loraplex_models.adapters.experts import ExpertEntry
 from loraplex_models.adapters.fit import EndEntry as EndEntry
 from loraplex_models.adapters.fit import Fit
 from loraplex_models.adapters.fit import ModuleEntry as ModuleEntry
@@ -17,7 +18,7 @@ from loraplex_models.adapters.pages import RankRows
 from loraplex_models.adapters.refusal import CONVERT_COMMAND, shown
 from loraplex_models.adapters.refusal import ManifestError as ManifestError
 from loraplex_models.adapters.tensor_header import TensorEntry, read_tensor_header
-from loraplex_models.adapters.tensor_names import sort_names
+from loraplex_models.adapters.tensor_names import EXPERTS, sort_names
 from loraplex_models.config import ModelConfig
 from loraplex_models.cuts import is_cut_by_inputs
 from loraplex_models.names import served_names
@@ -47,6 +48,8 @@ class AdapterManifest:
     alpha: float
     target_modules: tuple[str, ...]  # kinds of modules in the file: q_proj, …
     modules: dict[str, ModuleEntry]
+    experts: tuple[ExpertEntry, ...]  # the pairs for experts
+    num_experts: int  # of each layer of the base model
     biases: dict[str, str]  # by module: the tensor that replaces the base's bias
     embedding: EndEntry | None
     head: EndEntry | None
@@ -63,7 +66,7 @@ class AdapterManifest:
         """Whether it is nothing but products B(A x) of the layers' linears."""
         has_parts = any(entry.magnitude_name or entry.b_bias_name for entry in self.modules.values())
         has_ends = self.embedding is not None or self.head is not None
-        return not (has_parts or has_ends or self.biases or self.invocation_token_ids)
+        return not (has_parts or has_ends or self.biases or self.experts or self.invocation_token_ids)
 
 
 def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -220,11 +223,13 @@ def check_adapter(
     with open_adapter_file(folder / WEIGHTS_FILE) as (file, file_bytes):
         header = read_tensor_header(file, file_bytes)
         tensors = header.tensors
-        lora = parse_lora_config(config_bytes, tensors)
+        has_experts = config.experts is not None
+        lora = parse_lora_config(config_bytes, tensors, has_experts=has_experts)
         _check_tensors(tensors)
         fit = Fit(config, module_shapes(config), lora, tensors)
         fit.check_vocabulary()
-        found = sort_names(tensors, module_shapes(config).keys(), served_names(config.architecture))
+        kinds = [*module_shapes(config), *([EXPERTS] if has_experts else [])]
+        found = sort_names(tensors, kinds, served_names(config.architecture))
         fit.take(found)
         if num_ranks > 1:
             _check_cut(fit, num_ranks)
@@ -241,6 +246,8 @@ def check_adapter(
         alpha=lora.alpha,
         target_modules=fit.target_modules(),
         modules=fit.modules,
+        experts=tuple(fit.experts),
+        num_experts=0 if config.experts is None else config.experts.num_experts,
         biases=fit.biases,
         embedding=fit.ends.get("embed_tokens"),
         head=fit.ends.get("lm_head"),

@@ -1,7 +1,7 @@
 """AdapterSlots: the adapters that are ready to compute with, and how a batch's tokens reach them."""
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from loraplex_kernels.lora import LoraSegments, LoraTable
 from loraplex_models.adapters.finish import finish_end, finish_linear
 from loraplex_models.forward import LoraBatch
+from loraplex_models.layers.expert_lora import ExpertPairs, ExpertSlots
 from loraplex_models.layers.linear import Linear
 from loraplex_models.layers.lora_extras import EmbeddingExtras, EndChange, HeadExtras, LinearExtras, OutputChange
 
@@ -30,6 +31,7 @@ class PreparedAdapter:
     changes: tuple[tuple[int, int, OutputChange], ...] = ()
     embedding: EndChange | None = None
     head: EndChange | None = None
+    experts: ExpertPairs = field(default_factory=dict)
 
 
 class AdapterSlots:
@@ -46,6 +48,7 @@ class AdapterSlots:
         )
         self._extras = tuple(LinearExtras(tuple(linear.parts.values())) for linear in self._linears)
         self._embedding, self._head = EmbeddingExtras(), HeadExtras()
+        self._experts = _expert_slots(model, num_slots)
         self._with_extras: set[int] = set()  # slots whose adapters bring more than products
         self._places = {
             module: (linear.index, part) for linear in self._linears for part, module in enumerate(linear.parts)
@@ -83,7 +86,11 @@ class AdapterSlots:
         ends = {
             name: finish_end(self._model, name, end).to(self._device, self._dtype) for name, end in weights.ends.items()
         }
-        return pairs, PreparedAdapter((), tuple(changes), ends.get("embed_tokens"), ends.get("lm_head"))
+        experts = {
+            place: (a.to(self._device, self._dtype), b.to(self._device, self._dtype))
+            for place, (a, b) in weights.experts.items()
+        }
+        return pairs, PreparedAdapter((), tuple(changes), ends.get("embed_tokens"), ends.get("lm_head"), experts)
 
     def install(self, slot: int, adapter: PreparedAdapter) -> None:
         """Put an adapter into a slot, in place of what was there; no weight is copied."""
@@ -94,6 +101,8 @@ class AdapterSlots:
             self._extras[index].set(slot, part, change)
         if adapter.changes or adapter.embedding is not None or adapter.head is not None:
             self._with_extras.add(slot)
+        if adapter.experts and self._experts is not None:
+            self._experts.set(slot, adapter.experts)
         if adapter.embedding is not None:
             self._embedding.set(slot, adapter.embedding)
         if adapter.head is not None:
@@ -108,6 +117,8 @@ class AdapterSlots:
         assert 0 <= slot < self.num_slots, f"slot {slot} of {self.num_slots}"
         for table in self._tables:
             table.clear(slot)
+        if self._experts is not None:
+            self._experts.clear(slot)
         if slot in self._with_extras:
             self._with_extras.remove(slot)
             for extras in self._extras:
@@ -136,6 +147,8 @@ class AdapterSlots:
                 segments=LoraSegments(starts, slots),
                 tables=tuple(None if used.isdisjoint(table.slots) else table for table in self._tables),
             )
+            if self._experts is not None and not used.isdisjoint(self._experts.slots):
+                batch = replace(batch, experts=self._experts.deltas(starts, slots))
             if not used.isdisjoint(self._with_extras):
                 batch = self._with_changes(batch, used)
         self._last_route = (starts, slots, batch)
@@ -151,6 +164,8 @@ class AdapterSlots:
         )
 
     def _check(self, weights: "AdapterWeights") -> None:
+        if weights.experts and self._experts is None:
+            raise ValueError("LoRA on experts is served on a CPU, on one rank, and on a base model with experts only")
         sizes = {
             module: (linear.in_size, out_size) for linear in self._linears for module, out_size in linear.parts.items()
         }
@@ -165,3 +180,13 @@ class AdapterSlots:
             # A weight that is not finite would reach other adapters' tokens: 0 * inf is not 0.
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise ValueError(f"'{module}' has weights that are not finite")
+
+
+def _expert_slots(model: "CausalLM", num_slots: int) -> ExpertSlots | None:
+    """Room for pairs on experts; None where the model has no experts, or they are computed otherwise."""
+    experts = model.config.experts
+    if experts is None or model.group.size > 1 or model.device.type != "cpu":
+        return None
+    layers = [layer.index for layer in model.layers if layer.index not in experts.dense_layers]
+    sizes = (experts.inner_size, experts.inner_size), (model.config.hidden_size,)
+    return ExpertSlots(layers, sizes, experts.num_experts, num_slots, model.dtype, model.device)

@@ -33,6 +33,11 @@ SERVED_PATH = re.compile(
     r"(?P<module>layers\.(?:0|[1-9]\d{0,5})\.(?P<kind>(?:self_attn|mlp)\.[a-z_]+))"
 )
 END_PATH = re.compile(r"(?P<prefix>(?:model\.)?(?:language_model\.)?(?:model\.)?)(?P<module>embed_tokens|lm_head)")
+EXPERT_PATH = re.compile(
+    r"(?P<prefix>(?:model\.)?(?:language_model\.)?(?:model\.)?)"
+    r"(?P<module>layers\.(?:0|[1-9]\d{0,5})\.(?:mlp|block_sparse_moe)\.experts"
+    r"(?:\.(?:0|[1-9]\d{0,4})\.[a-z_]+\d?|\.base_layer)?)"
+)
 PEFT_PREFIX = "base_model.model."
 CANONICAL_PREFIX = "model."
 
@@ -40,7 +45,7 @@ CANONICAL_PREFIX = "model."
 UNSERVED_TENSORS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"lora_E|ranknum"), f"AdaLoRA is not served: convert it with `{CONVERT_COMMAND}`"),
     (re.compile(r"lora_diag"), "KaSA is not served"),
-    (re.compile(r"\.experts\."), "LoRA on experts is not served"),
+    (re.compile(r"\.experts\."), "LoRA on experts is served of pairs A and B, and on base models with experts, only"),
     (re.compile(r"^lora_(unet|te\d?)_"), "this is an adapter of an image model"),
     (re.compile(r"adapter\.linear_(in|out)|linear_qkv"), "this is a NeMo adapter: export it in the PEFT format"),
     (re.compile(r"\.attn\.[a-z_]+\.lora_[ab]\."), "this is a torchtune checkpoint: export it in the PEFT format"),
@@ -55,6 +60,9 @@ UNSERVED_TENSORS: tuple[tuple[re.Pattern[str], str], ...] = (
                 r"|delora|gralora|road|prompt_embeddings|adaption)([._]|$)"),
      "these are tensors of another method than LoRA"),
 )  # fmt: skip
+
+# The kind of modules that stands for all linears of experts.
+EXPERTS = "experts"
 
 # State that some methods save beside A and B and that plain inference does not read.
 IGNORED_TENSOR = re.compile(r"lora_velora_|lora_monteclora_sampler|(^|\.)original_module\.|trainable_tokens_original")
@@ -109,6 +117,8 @@ def _find(
         module = served_name(ending["path"])
         if (linear := SERVED_PATH.fullmatch(module)) and linear["kind"] in kinds:
             return (ending, linear, role) if role in LINEAR_ROLES else None
+        if EXPERTS in kinds and role in ("A", "B") and (expert := EXPERT_PATH.fullmatch(module)):
+            return ending, expert, role
         if end := END_PATH.fullmatch(module):
             return (ending, end, role) if role in END_ROLES else None
     return None

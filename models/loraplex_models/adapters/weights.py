@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from loraplex_models.adapters.experts import ExpertEntry
 from loraplex_models.adapters.manifest import (
     WEIGHTS_FILE,
     AdapterManifest,
@@ -17,6 +18,7 @@ from loraplex_models.adapters.manifest import (
 )
 from loraplex_models.adapters.refusal import shown
 from loraplex_models.adapters.tensor_header import read_tensor_header
+from loraplex_models.layers.expert_lora import PLACES, ExpertPairs
 
 TORCH_DTYPES = {
     "F32": torch.float32,
@@ -76,11 +78,13 @@ class AdapterWeights:
     modules: dict[str, tuple[torch.Tensor, torch.Tensor]]
     parts: dict[str, ModuleParts] = field(default_factory=dict)  # by module
     ends: dict[str, EndParts] = field(default_factory=dict)  # by embed_tokens or lm_head
+    experts: ExpertPairs = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         """Memory of all tensors."""
         pairs = sum(tensor.nbytes for pair in self.modules.values() for tensor in pair)
+        pairs += sum(tensor.nbytes for pair in self.experts.values() for tensor in pair)
         parts = sum(tensor.nbytes for part in self.parts.values() for tensor in part.tensors)
         return pairs + parts + sum(tensor.nbytes for end in self.ends.values() for tensor in end.tensors)
 
@@ -146,6 +150,26 @@ def _load_end(file: _WeightsFile, entry: EndEntry, dtype: torch.dtype) -> EndPar
     return EndParts(pair, weight, row_ids, rows, base_copy, _load_parts(file, entry.product, None))
 
 
+def _load_experts(file: _WeightsFile, entry: ExpertEntry, num_experts: int, dtype: torch.dtype) -> ExpertPairs:
+    """The pairs of an entry by expert, and gate and up by themselves; they share an A that is common."""
+    a, b = file.read(entry.a_name), file.read(entry.b_name).mul_(entry.scaling)
+    if entry.expert is None:
+        all_a, all_b = a.view(num_experts, entry.rank, -1), b.view(len(b), entry.rank, num_experts).permute(2, 0, 1)
+        pairs = [(expert, all_a[expert], all_b[expert]) for expert in range(num_experts)]
+    else:
+        pairs = [(entry.expert, a, b)]
+    names = ("gate", "up") if entry.place == "gate_up" else (entry.place,)
+    found: ExpertPairs = {}
+    for expert, own_a, own_b in pairs:
+        shared_a = own_a.to(dtype).contiguous()
+        for name, part_b in zip(names, own_b.chunk(len(names)), strict=True):
+            linear, part = PLACES[name]
+            found[entry.layer, linear, part, expert] = shared_a, part_b.to(dtype).t().contiguous().t()
+    if not all(bool(tensor.isfinite().all()) for pair in found.values() for tensor in pair):
+        raise ManifestError(f"tensor {shown(entry.a_name)} or its B with its scaling does not fit into {dtype}")
+    return found
+
+
 def load_adapter_weights(folder: str | Path, manifest: AdapterManifest, *, dtype: torch.dtype) -> AdapterWeights:
     """Read the tensors that a manifest names, scaling folded into B (in float32, then cast to `dtype`).
 
@@ -166,4 +190,7 @@ def load_adapter_weights(folder: str | Path, manifest: AdapterManifest, *, dtype
         for name, entry in (("embed_tokens", manifest.embedding), ("lm_head", manifest.head))
         if entry is not None
     }
-    return AdapterWeights(manifest.digest, manifest.rank, modules, parts, ends)
+    experts: ExpertPairs = {}
+    for pair in manifest.experts:
+        experts |= _load_experts(file, pair, manifest.num_experts, dtype)
+    return AdapterWeights(manifest.digest, manifest.rank, modules, parts, ends, experts)

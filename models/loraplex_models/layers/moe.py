@@ -1,7 +1,6 @@
 """A mixture of experts in place of a layer's MLP: each token goes through the few MLPs that a router chooses."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,16 +12,6 @@ from loraplex_models.forward import LoraBatch
 from loraplex_models.layers.build import Build
 from loraplex_models.layers.linear import Linear
 from loraplex_quant.method import QuantMethod
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertNames:
-    """What a checkpoint calls the linears: `<block>.gate`, and `<block>.experts.<number>.<gate, up or down>`."""
-
-    block: str
-    gate: str
-    up: str
-    down: str
 
 
 class ExpertLinear:
@@ -70,13 +59,15 @@ class SparseMLP:
     def __init__(
         self,
         build: Build,
-        prefix: str,
+        index: int,
         hidden_size: int,
         experts: ExpertsConfig,
-        names: ExpertNames,
         activate: Callable[[Tensor], Tensor],
     ) -> None:
-        inner, block = experts.inner_size, f"{prefix}.{names.block}"
+        """The MLP of the layer with that index."""
+        inner, names = experts.inner_size, experts.names
+        block = f"layers.{index}.{names.block}"
+        self._index = index
         up_parts = {names.gate: inner, names.up: inner}
         self._up = ExpertLinear(build, f"{block}.experts", hidden_size, up_parts, experts.num_experts)
         self._down = ExpertLinear(build, f"{block}.experts", inner, {names.down: hidden_size}, experts.num_experts)
@@ -100,7 +91,15 @@ class SparseMLP:
     def forward(self, x: Tensor, lora: LoraBatch | None, addend: Tensor | None = None) -> Tensor:
         """Return what the chosen experts give for x [T, hidden], plus `addend`."""
         route = route_tokens(self._router.forward(x, None), self._num_chosen, self._rescales)
-        inner = self._activate(self._up.forward(x.index_select(0, route.tokens), route.starts))
+        deltas = None if lora is None or lora.experts is None else lora.experts.of_layer(self._index, route)
+        rows = x.index_select(0, route.tokens)
+        up = self._up.forward(rows, route.starts)
+        if deltas is not None:
+            deltas.add(0, rows, up)
+        inner = self._activate(up)
+        down = self._down.forward(inner, route.starts)
+        if deltas is not None:
+            deltas.add(1, inner, down)
         # Each rank has a part of every expert's inner units, and so a summand of what it gives.
         addend = addend if self._group.rank == 0 else None
-        return self._group.all_reduce(sum_experts(self._down.forward(inner, route.starts), route, addend))
+        return self._group.all_reduce(sum_experts(down, route, addend))

@@ -1,0 +1,207 @@
+"""LoRA on experts in every form that PEFT writes, in mixed batches, against peft."""
+
+import json
+import random
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import EngineBench
+from paged_model import PagedModel
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, make_tiny
+from tiny_models import load_peft, unload_peft
+from transformers import PreTrainedModel
+from truth import Truth
+
+from loraplex_models.adapters.manifest import ManifestError, check_adapter
+from loraplex_models.adapters.slots import AdapterSlots
+from loraplex_models.adapters.weights import load_adapter_weights
+from loraplex_models.config import read_config
+from loraplex_models.loader import load_model
+from loraplex_models.parallel import ParallelGroup
+
+TOLERANCE = 5e-4
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+EXPERT_LINEARS = {"Qwen3-MoE": ("gate_proj", "up_proj", "down_proj"), "Mixtral": ("w1", "w3", "w2")}
+BLOCKS = {"Qwen3-MoE": "mlp", "Mixtral": "block_sparse_moe"}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft about names that it brings to those of transformers 5
+        yield
+
+
+def write_adapter(folder: Path, model: PreTrainedModel, **fields: Any) -> Path:
+    torch.manual_seed(len(str(fields)))
+    adapted = get_peft_model(model, LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | fields)))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3 if "lora_A" in name else 0.15)
+    adapted.save_pretrained(str(folder))
+    unload_peft(adapted)
+    return folder
+
+
+def write_older_adapter(folder: Path, model: PreTrainedModel, name: str) -> Path:
+    """As peft wrote it for transformers 4, where each linear of each expert was a module."""
+    write_adapter(folder, model, target_modules=["q_proj"])
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config["target_modules"] = ["q_proj", *EXPERT_LINEARS[name]]
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    experts = read_config(folder.parent / "model").experts
+    assert experts is not None
+    generator = torch.Generator().manual_seed(5)
+    for layer in range(3):
+        for expert in range(experts.num_experts):
+            for linear, (in_size, out_size) in zip(
+                EXPERT_LINEARS[name],
+                ((64, experts.inner_size), (64, experts.inner_size), (experts.inner_size, 64)),
+                strict=True,
+            ):
+                path = f"base_model.model.model.layers.{layer}.{BLOCKS[name]}.experts.{expert}.{linear}"
+                tensors[f"{path}.lora_A.weight"] = torch.randn(4, in_size, generator=generator) * 0.3
+                tensors[f"{path}.lora_B.weight"] = torch.randn(out_size, 4, generator=generator) * 0.15
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module", params=EXPERT_LINEARS)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    folder = tmp_path_factory.mktemp("experts")
+    name = request.param
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = make_tiny(FAMILIES[name], folder / "model")
+        write_adapter(folder / "parameters", model, target_modules=["q_proj"], target_parameters=BOTH)
+        write_adapter(folder / "gate-up", model, target_modules=["v_proj"], target_parameters=BOTH[:1], use_rslora=True)
+        write_adapter(folder / "down", model, target_modules=[], target_parameters=BOTH[1:], r=3)
+        write_adapter(folder / "modules", model, target_modules=["o_proj", *EXPERT_LINEARS[name]])
+        write_older_adapter(folder / "older", model, name)
+    return model, folder
+
+
+FORMS = ("parameters", "gate-up", "down", "modules", "older")
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    return torch.randint(0, 512, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.inference_mode()
+def true_logits(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
+    logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def test_mixed_batches_equal_peft(world: tuple[PreTrainedModel, Path]) -> None:
+    model, folder = world
+    ours = load_model(folder / "model", dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single())
+    slots = AdapterSlots(ours, len(FORMS) + 1)
+    for slot, form in enumerate(FORMS):
+        manifest = check_adapter(folder / form, read_config(folder / "model"), max_rank=8)
+        slots.set(slot, load_adapter_weights(folder / form, manifest, dtype=torch.float32))
+    paged = PagedModel(ours, num_blocks=512, slots=slots)
+    draw = random.Random(3)
+    tokens = {f"s{i}": random_tokens(length, seed=i) for i, length in enumerate((45, 33, 1, 60, 18, 41, 25, 70))}
+    chosen_slots = {name: i % (len(FORMS) + 1) - 1 for i, name in enumerate(tokens)}
+    for name in tokens:
+        paged.add(name, tokens[name], chosen_slots[name])
+    while waiting := [name for name in tokens if paged.remaining(name)]:
+        chosen = draw.sample(waiting, draw.randint(1, len(waiting)))
+        paged.step({name: min(draw.choice((1, 2, 7, 60)), paged.remaining(name)) for name in chosen})
+    base = {name: true_logits(model, tokens[name]) for name in tokens}
+    for slot, form in ((-1, None), *enumerate(FORMS)):
+        adapted = model if form is None else load_peft(folder / form, model)
+        for name in tokens:
+            if chosen_slots[name] == slot:
+                truth = true_logits(adapted, tokens[name])
+                assert (paged.logits(name) - truth).abs().max() < TOLERANCE, form
+                assert form is None or (base[name] - truth).abs().max() > 0.05, "the adapter is too weak to tell"
+        if form is not None:
+            unload_peft(adapted)
+
+
+def test_a_slot_that_is_used_again_keeps_nothing_of_the_adapter_before(world: tuple[PreTrainedModel, Path]) -> None:
+    _, folder = world
+    ours = load_model(folder / "model", dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single())
+    slots, alone = AdapterSlots(ours, 1), AdapterSlots(ours, 1)
+    tokens = random_tokens(20, seed=1)
+
+    def put(where: AdapterSlots, form: str) -> None:
+        manifest = check_adapter(folder / form, read_config(folder / "model"), max_rank=8)
+        where.set(0, load_adapter_weights(folder / form, manifest, dtype=torch.float32))
+
+    put(slots, "modules")
+    put(slots, "down")
+    put(alone, "down")
+    found = []
+    for each in (slots, alone):
+        paged = PagedModel(ours, slots=each)
+        paged.add("a", tokens, 0)
+        found.append(paged.run_alone("a", 20))
+    assert torch.equal(found[0], found[1])
+
+
+def test_the_engine_answers_as_peft_does(world: tuple[PreTrainedModel, Path]) -> None:
+    model, folder = world
+    adapters = {form: folder / form for form in ("parameters", "older")}
+    bench = EngineBench(folder / "model", adapters)
+    prompts = {None: [5, 9, 13, 200], "parameters": [7, 301, 44], "older": [400, 3, 3, 8, 90]}
+    for adapter, prompt in prompts.items():
+        bench.add(str(adapter), prompt, adapter)
+    bench.run()
+    assert Truth(model, {}).objection(None, prompts[None], bench.answer("None"), {2}) is None
+    for adapter in adapters:
+        adapted = load_peft(folder / adapter, model)
+        answer = bench.answer(adapter).token_ids
+        logits = true_logits(adapted, prompts[adapter] + answer)
+        unload_peft(adapted)
+        assert logits[len(prompts[adapter]) - 1 : -1].argmax(-1).tolist() == answer
+
+
+def damaged(folder: Path, to: Path, change: Any) -> Path:
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "adapter_model.safetensors")
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, to / "adapter_model.safetensors")
+    return to
+
+
+PREFIX = "base_model.model.model.layers.0.mlp.experts"
+
+
+def test_pairs_that_fit_no_expert_are_refused(world: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
+    _, folder = world
+
+    def narrow(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{PREFIX}.lora_A.weight"] = tensors[f"{PREFIX}.lora_A.weight"][:, :-1]
+
+    def lose(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[f"{PREFIX}.lora_B.weight"]
+
+    def too_many(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{PREFIX}.99.gate_proj.lora_A.weight"] = torch.ones(4, 64)
+        tensors[f"{PREFIX}.99.gate_proj.lora_B.weight"] = torch.ones(40, 4)
+
+    for number, (change, message) in enumerate(
+        ((narrow, "fit none of its experts"), (lose, "has no lora_B"), (too_many, "base model has . experts"))
+    ):
+        adapter = damaged(folder / "parameters", tmp_path / str(number), change)
+        with pytest.raises(ManifestError, match=message):
+            check_adapter(adapter, read_config(folder / "model"), max_rank=64)
+
+
+def test_a_rank_beyond_the_servers_is_refused(world: tuple[PreTrainedModel, Path]) -> None:
+    _, folder = world
+    with pytest.raises(ManifestError, match=r"rank 8 .* is greater than max_lora_rank 7"):
+        check_adapter(folder / "modules", read_config(folder / "model"), max_rank=7)
