@@ -26,6 +26,8 @@ class AdapterContents:
         self._on_unused = on_unused
         self._num_uses: dict[str, int] = {}
         self._specs: dict[str, AdapterSpec] = {}
+        # The engine knows a content by the first place it was in; others of the same content may be let go with it.
+        self._other_places: dict[str, dict[str, AdapterSpec]] = {}
         self._kept: set[str] = set()
 
     def start_with(self, spec: AdapterSpec) -> None:
@@ -40,6 +42,8 @@ class AdapterContents:
         if uses == 0:
             self._specs[spec.digest] = spec
             self._tell(LoadAdapter(spec=spec))
+        elif spec.path != self._specs[spec.digest].path:
+            self._other_places.setdefault(spec.digest, {})[spec.path] = spec
 
     def release(self, spec: AdapterSpec) -> None:
         """Count one use less."""
@@ -51,7 +55,8 @@ class AdapterContents:
         del self._num_uses[spec.digest]
         self._kept.discard(spec.digest)
         self._tell(UnloadAdapter(digest=spec.digest))
-        self._on_unused(known)
+        for unused in (known, *self._other_places.pop(spec.digest, {}).values()):
+            self._on_unused(unused)
 
     def keep(self, digests: set[str]) -> None:
         """Have these contents ready for the model, and no others."""

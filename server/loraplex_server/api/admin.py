@@ -28,7 +28,11 @@ def require_admin(request: Request) -> None:
             "this server's adapters cannot be changed while it runs: start it with --admin-api-key KEY, or with"
             " --allow-runtime-adapters to let every caller (VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 means the same)"
         )
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    key = given.strip().encode("utf-8", "replace")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(config.admin_api_key.encode(), key):
-        raise Forbidden("changing adapters needs the admin key (--admin-api-key) as `Authorization: Bearer KEY`")
+    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+    given = (request.headers.get("x-api-key", "").strip(), bearer.strip() if scheme.lower() == "bearer" else "")
+    wanted = config.admin_api_key.encode()
+    if not any([hmac.compare_digest(wanted, one.encode("utf-8", "replace")) for one in given]):
+        raise Forbidden(
+            "changing adapters needs the admin key (--admin-api-key): send it as `Authorization: Bearer KEY`, or as"
+            " `X-API-Key: KEY`"
+        )
