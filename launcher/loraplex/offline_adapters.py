@@ -14,13 +14,12 @@ from loraplex_models.sources import (
     AdapterItem,
     LocalSource,
     SourceError,
-    SourceForbidden,
-    SourceUnavailable,
     resolve_adapter,
 )
 from loraplex_server.adapter_spec import adapter_spec
-from loraplex_server.errors import AdapterError, AdapterForbidden, AdapterNotFound, AdapterRefused, AdapterUnavailable
+from loraplex_server.errors import AdapterNotFound, AdapterRefused
 from loraplex_server.messages import AdapterSpec
+from loraplex_server.source_errors import adapter_error
 
 logger = logging.getLogger(__name__)
 
@@ -86,18 +85,10 @@ class OfflineAdapters:
         try:
             source = resolve_adapter(item, **self._hub_access)
         except SourceError as error:
-            raise _adapter_error(error, f"adapter '{request.lora_name}': {error}") from None
+            raise adapter_error(error, f"adapter '{request.lora_name}': {error}") from None
         if not is_folder:
             self._hub_sources[path] = source
         return source
-
-
-def _adapter_error(error: SourceError, message: str) -> AdapterError:
-    if isinstance(error, SourceForbidden):
-        return AdapterForbidden(message)
-    if isinstance(error, SourceUnavailable):
-        return AdapterUnavailable(message)
-    return AdapterNotFound(message)
 
 
 def _stamp(folder: Path) -> Stamp:

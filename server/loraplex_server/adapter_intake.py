@@ -24,8 +24,6 @@ from loraplex_models.s3_objects import look_up as look_up_object
 from loraplex_models.sources import (
     ADAPTER_FILES,
     SourceError,
-    SourceForbidden,
-    SourceFormatError,
     SourceNotFound,
     SourceUnavailable,
 )
@@ -34,15 +32,12 @@ from loraplex_server.adapter_spec import adapter_spec
 from loraplex_server.adapter_store import MIB, AdapterStore, store_key
 from loraplex_server.config import ServeConfig
 from loraplex_server.errors import (
-    AdapterError,
-    AdapterForbidden,
-    AdapterNotFound,
     AdapterRefused,
     AdapterUnavailable,
-    InvalidRequest,
 )
 from loraplex_server.messages import AdapterSpec
 from loraplex_server.pickled_adapters import is_pickled, unpickled
+from loraplex_server.source_errors import adapter_error
 
 logger = logging.getLogger("loraplex.api")
 
@@ -306,16 +301,3 @@ def timed_out(name: str, timeout_s: float) -> AdapterUnavailable:
         f"adapter '{name}' was not here within {timeout_s:g} s (--adapter-fetch-timeout);"
         " the next try goes on from there"
     )
-
-
-def adapter_error(error: SourceError, message: str) -> AdapterError | InvalidRequest:
-    """A source's refusal as requests see it."""
-    match error:
-        case SourceForbidden():
-            return AdapterForbidden(message)
-        case SourceUnavailable():
-            return AdapterUnavailable(message)
-        case SourceFormatError():
-            return InvalidRequest(message)
-        case _:
-            return AdapterNotFound(message)

@@ -204,7 +204,8 @@ def _adapter_paths() -> dict[str, Any]:
         },
         "/adapters/{name}": {
             "get": _get("One adapter", _ref("AdapterInfo"), also=(404, 422)) | by_name,
-            "put": _change("Split, activate or pin versions", "ChangeBody", info, {"active": "2"}) | by_name,
+            "put": _upload_too(_change("Upload files; split, activate or pin", "ChangeBody", info, {"active": "2"}))
+            | by_name,
             "delete": {
                 "summary": "Forget an adapter, or with name@version one version of it",
                 "responses": {"204": {"description": "forgotten"}, **_errors((401, 403, 404, 422), "ErrorBody")},
@@ -218,6 +219,14 @@ def _adapter_paths() -> dict[str, Any]:
 def _change(summary: str, body: str, answers: dict[str, Any], example: dict[str, Any], *errors: str) -> dict[str, Any]:
     operation = _post(summary, body, answers, example=example)
     operation["responses"] |= _errors((*_GENERATION_ERRORS, 403, 409), *(errors or ("ErrorBody",)))
+    return operation
+
+
+def _upload_too(operation: dict[str, Any]) -> dict[str, Any]:
+    """The same operation with the two files of an adapter as another body."""
+    files = {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "string", "format": "binary"}}
+    schema = {"type": "object", "required": ["file"], "properties": {"file": files}}
+    operation["requestBody"]["content"]["multipart/form-data"] = {"schema": schema}
     return operation
 
 

@@ -1,7 +1,7 @@
 """The group «adapter» of the faults that a server must withstand: files, sources, cache. The numbers are the rows'.
 
-Rows that other files hold: 17, 22, 24 the engine's tests (adapter tiers), 18, 19, 23, 26 test_lora_adapter_routes.py,
-test_adapter_routes.py and test_dynamic_adapters.py.
+Rows that other files hold: 17 test_adapter_files_gone.py, 22 test_fairness.py, 24 test_adapter_manager.py, 18 and 19
+test_lora_adapter_routes.py, 23 and 26 test_dynamic_adapters.py.
 """
 
 import asyncio
