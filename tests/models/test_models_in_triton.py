@@ -1,13 +1,16 @@
 """Whole models through Triton's interpreter: every family's logits equal those of the CPU's kernels."""
 
+import copy
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from paged_model import PagedModel
 from slow_dequantization import FIXTURES
 from tiny_families import FAMILIES, make_tiny
-from tiny_models import make_peft_adapter
+from tiny_models import make_peft_adapter, make_tiny_llama
 from triton_interpreter import needs_interpreter
 
 from loraplex_kernels import dispatch
@@ -66,6 +69,47 @@ def test_a_family_gives_the_same_logits_by_triton_and_by_the_cpu(
     for prompt in PROMPTS:
         assert (found[0][prompt] - found[1][prompt]).abs().max() < 1e-3, prompt
     assert (found[0]["first"] - found[0]["base"][:1]).abs().max() > 0.1
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "DoRA, all parts": {"use_dora": True, "target_modules": ["q_proj", "o_proj", "down_proj"]},
+    "biases": {"bias": "all", "lora_bias": True},
+    "copies": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "both ends": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "rows": {"trainable_token_indices": [5, 9]},
+}
+
+
+def test_what_adapters_bring_beside_products_is_the_same_by_triton(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = make_tiny_llama(tmp_path / "model", attention_bias=True)
+    model = load_model(
+        tmp_path / "model", dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft saves embeddings too, and says so
+        folders = [
+            make_peft_adapter(tmp_path / name, copy.deepcopy(reference), seed=seed, **fields)
+            for seed, (name, fields) in enumerate(FEATURES.items())
+        ]
+    found = []
+    for interprets, make in ((False, AdapterSlots), (True, lambda model, count: PagedAdapterSlots(model, count, 64))):
+        monkeypatch.setattr(dispatch, "INTERPRETS", interprets)
+        slots = make(model, len(folders))
+        paged = PagedModel(model, slots=slots)
+        paged.add("base", [5, 9, 30])
+        for slot, folder in enumerate(folders):
+            manifest = check_adapter(folder, model.config, max_rank=64)
+            slots.set(slot, load_adapter_weights(folder, manifest, dtype=torch.float32))
+            paged.add(str(slot), [5, 9, 30], slot)
+        names = ["base", *map(str, range(len(folders)))]
+        paged.step(dict.fromkeys(names, 2))
+        paged.step(dict.fromkeys(names, 1))
+        found.append({name: paged.logits(name) for name in names})
+    for name, one in found[0].items():
+        assert (one - found[1][name]).abs().max() < 1e-3, name
+        assert name == "base" or (one - found[0]["base"]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
