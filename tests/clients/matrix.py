@@ -22,7 +22,8 @@ from environments import clean_environment, node_folder, python_of
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from demo_server import LaunchedServer  # noqa: E402  # a helper of the tests, one folder up
+from demo_server import LaunchedServer  # noqa: E402  # helpers of the tests, one folder up
+from documented import ADDRESS, blocks_of  # noqa: E402
 
 # Client → environment and script.
 CLIENTS = {
@@ -33,6 +34,14 @@ CLIENTS = {
     "langchain": ("langchain", "langchain_rows.py"),
     "litellm": ("litellm", "litellm_rows.py"),
     "javascript": ("node", "javascript_rows.mjs"),
+}
+# Heading of docs/clients.md → client; those that are not here are run by the normal tests.
+DOCUMENTED = {
+    "lorax-client": "lorax-client",
+    "text-generation": "text-generation",
+    "LangChain": "langchain",
+    "LiteLLM": "litellm",
+    "JavaScript": "javascript",
 }
 SCRIPT_TIMEOUT_S = 600
 SERVER_FLAGS = ("--num-threads", "1", "--enable-prefill-logprobs")
@@ -77,6 +86,32 @@ def run_rows(client: str, url: str, wanted: str = "") -> list[dict[str, object]]
     return found
 
 
+def run_documented(client: str, url: str) -> list[dict[str, object]]:
+    """The client's examples of docs/clients.md."""
+    rows: list[dict[str, object]] = []
+    for heading, _, text in blocks_of("clients.md"):
+        if DOCUMENTED.get(heading) != client:
+            continue
+        block = text.replace(ADDRESS, url.removeprefix("http://"))
+        environment, _ = CLIENTS[client]
+        folder = node_folder() if environment == "node" else None
+        if folder is not None:
+            (folder / "documented.mjs").write_text(block)
+            command = ["node", str(folder / "documented.mjs")]
+        elif environment == "node":
+            continue
+        else:
+            command = [python_of(environment), "-c", block]
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=SCRIPT_TIMEOUT_S, check=False, env=clean_environment()
+        )
+        is_said = run.returncode == 0 and bool(run.stdout.strip())
+        rows.append(
+            {"row": "the example of docs/clients.md", "ok": is_said, "why": "" if is_said else run.stderr[-600:]}
+        )
+    return rows
+
+
 def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,7 +125,7 @@ def main() -> int:
     def run_all(url: str) -> None:
         nonlocal num_failed, num_rows
         for client in clients:
-            for found in run_rows(client, url, asked.row):
+            for found in run_rows(client, url, asked.row) + ([] if asked.row else run_documented(client, url)):
                 num_rows += 1
                 num_failed += not found["ok"]
                 print(f"{'pass' if found['ok'] else 'FAIL'}  {client:16} {found['row']:42} {found['why']}", flush=True)

@@ -1,20 +1,25 @@
 """The released clients of chat and completions against the demo as `make serve` starts it."""
 
 import asyncio
+import inspect
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import httpx
+import huggingface_hub
 import openai
 import pytest
 import torch
-from demo_server import CHAT, REPOSITORY, LaunchedServer, environment
+from demo_server import CHAT, LaunchedServer, environment
+from documented import ADDRESS, blocks_of
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loraplex.flags import GROUPS, setting_fields
 
 QUESTION = "What is the capital of France?"
 ASK = [{"role": "user", "content": QUESTION}]
@@ -192,20 +197,46 @@ def test_a_conversation_becomes_the_prompt_and_the_tokens_that_transformers_make
         assert [token["id"] for token in answer["tokenize_response"]] == token_ids
 
 
-DOCUMENTED = re.findall(
-    r"^```(bash|python)\n(.*?)^```", (REPOSITORY / "docs" / "clients.md").read_text(), re.DOTALL | re.MULTILINE
-)
+# The others run in environments of their own: tests/clients/matrix.py.
+DOCUMENTED = [
+    (heading, language, text)
+    for heading, language, text in blocks_of("clients.md")
+    if heading in ("curl", "openai", "huggingface_hub", "Evaluation harnesses")
+]
 
 
-def test_the_examples_of_the_page_about_clients_run(demo_server: LaunchedServer) -> None:
-    assert len(DOCUMENTED) >= 4
-    said = []
-    for language, text in DOCUMENTED:
-        block = text.replace("127.0.0.1:3000", f"127.0.0.1:{demo_server.port}")
-        command = ["bash", "-c", block] if language == "bash" else [sys.executable, "-c", block]
-        run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
-        assert run.returncode == 0, run.stderr
-        assert '"error"' not in run.stdout
-        said.append(run.stdout)
-    assert all("Yo ho ho!" in text for text in said[:3])
-    assert '"text":"The capital of France is' in said[3]
+@pytest.mark.parametrize(("heading", "language", "text"), DOCUMENTED, ids=[heading for heading, _, _ in DOCUMENTED])
+def test_an_example_of_the_page_about_clients_runs(
+    demo_server: LaunchedServer, heading: str, language: str, text: str
+) -> None:
+    block = text.replace(ADDRESS, f"127.0.0.1:{demo_server.port}")
+    command = ["bash", "-c", block] if language == "bash" else [sys.executable, "-c", block]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert '"error"' not in run.stdout
+    expected = '"text":"The capital of France is' if heading == "Evaluation harnesses" else "Yo ho ho!"
+    assert expected in run.stdout
+
+
+def test_every_client_of_the_page_has_an_example() -> None:
+    assert len(DOCUMENTED) == 4
+    headings = {heading for heading, _, _ in blocks_of("clients.md")}
+    assert {"lorax-client", "text-generation", "LangChain", "LiteLLM", "JavaScript"} <= headings
+
+
+def test_the_example_of_an_endpoint_names_what_huggingface_hub_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [text for heading, _, text in blocks_of("clients.md") if heading == "Hosted endpoints"]
+    real = inspect.signature(huggingface_hub.create_inference_endpoint)
+    asked: list[inspect.BoundArguments] = []
+
+    def create(*args: object, **kwargs: object) -> MagicMock:
+        asked.append(real.bind(*args, **kwargs))
+        return MagicMock()
+
+    monkeypatch.setattr(huggingface_hub, "create_inference_endpoint", create)
+    exec(block, {})
+    (arguments,) = asked
+    image = arguments.arguments["custom_image"]
+    assert (image["port"], image["health_route"]) == (80, "/health")
+    known = {field.env_name for group in GROUPS for field in setting_fields(group)}
+    assert set(image["env"]) <= known
