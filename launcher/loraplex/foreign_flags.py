@@ -1,5 +1,6 @@
 """Flags of TGI and vLLM that are other names for a setting of ours, or that have no meaning here."""
 
+import json
 from dataclasses import dataclass
 
 # A second or third spelling of a setting's flag: name of the setting → flags.
@@ -7,8 +8,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "model_id": ("--model",),
     "hostname": ("--host",),
     "port": ("-p",),
-    "lora_adapters": ("--lora-modules",),
-    "max_resident_adapters": ("--max-loras",),
+    "lora_adapters": ("--lora-modules", "--lora-paths", "--preloaded-adapter-ids"),
+    "max_resident_adapters": ("--max-loras", "--max-loras-per-batch", "--max-active-adapters"),
     "adapter_device_memory": ("--adapter-memory-fraction",),
     "num_shard": ("--tensor-parallel-size",),
     "max_batch_size": ("--max-num-seqs",),
@@ -66,16 +67,39 @@ NOT_YET: dict[str, str] = {
 }
 
 
+LIST_FLAGS = ("--lora-modules", "--lora-paths")
+# vLLM's names of an adapter's name and files in a module that is an object, and SGLang's.
+_NAME_KEYS, _PATH_KEYS = ("name", "lora_name"), ("path", "lora_path")
+
+
 def spread_lora_modules(args: list[str]) -> list[str]:
-    """vLLM's `--lora-modules a=x b=y` as one flag a module; every other argument stays as it is."""
+    """vLLM's `--lora-modules a=x {"name": "b", "path": "y"}` and SGLang's `--lora-paths` as one flag an adapter, each
+    as NAME=PATH; every other argument stays as it is."""
     result: list[str] = []
-    in_list = False
+    list_flag: str | None = None
     for arg in args:
-        if arg == "--lora-modules":
-            in_list = True
-        elif arg.startswith("-") or not in_list:
-            in_list = False
+        flag, equals, value = arg.partition("=")
+        if arg in LIST_FLAGS:
+            list_flag = arg
+        elif flag in LIST_FLAGS and equals:
+            list_flag = flag
+            result += [flag, _module(value)]
+        elif arg.startswith("-") or list_flag is None:
+            list_flag = None
             result.append(arg)
         else:
-            result += ["--lora-modules", arg]
+            result += [list_flag, _module(arg)]
     return result
+
+
+def _module(text: str) -> str:
+    """NAME=PATH of a module that is a JSON object; anything else as it is."""
+    try:
+        found = json.loads(text) if text.startswith("{") else None
+    except ValueError:
+        return text
+    if not isinstance(found, dict):
+        return text
+    name = next((found[key] for key in _NAME_KEYS if key in found), None)
+    path = next((found[key] for key in _PATH_KEYS if key in found), None)
+    return f"{name}={path}" if name and path else text

@@ -131,6 +131,9 @@ class ApiConfig:
         "adapter", "whom waiting requests take turns between: adapter, api-key, header:NAME, or none (first come)"
     )
     tokenizer_config_path: str | None = setting(None, "tokenizer_config.json to use instead of the model's")
+    adapter_chat_templates: bool = setting(
+        False, "use the chat template that an adapter's folder holds for its chats; off: the model's for all"
+    )
     disable_grammar_support: bool = setting(False, "refuse grammars")
     tool_call_parser: str = setting(
         "auto", "how the model writes calls of tools; auto asks its chat template", choices=TOOL_CALL_PARSERS

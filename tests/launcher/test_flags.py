@@ -212,6 +212,20 @@ def test_names_of_vllm_mean_our_settings() -> None:
     assert len(settings.warnings) == 1  # --enable-lora
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--lora-modules", '{"name": "a", "path": "/x", "base_model_name": "m"}', "b=/y"),
+        ('--lora-modules={"path": "/x", "name": "a"}', "b=/y"),
+        ("--lora-paths", "a=/x", '{"lora_name": "b", "lora_path": "/y", "pinned": true}'),
+        ("--preloaded-adapter-ids", "a=/x", "--preloaded-adapter-ids", "b=/y"),
+    ],
+)
+def test_other_servers_ways_to_name_adapters_are_understood(args: tuple[str, ...]) -> None:
+    settings = settings_of("--model", "m", *args, "--port", "80")
+    assert (settings.launch.lora_adapters, settings.serve.api.port) == (("a=/x", "b=/y"), 80)
+
+
 def test_lists_are_repeated_as_flags_and_separated_by_commas_as_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings_of("--api-key", "a", "--api-key", "b").serve.api.api_key == ("a", "b")
     monkeypatch.setenv("LORA_ADAPTERS", "a/b,n=/p")

@@ -202,7 +202,15 @@ class _ApiProcess:
             check_guide=self._guides.check if self._guides is not None else None,
         )
         generator = Generator(admission, self._client, tokenizer, self._metrics)
-        self._state.start_serving(Serving(generator, limits, chat_template, api.tool_call_parser))
+        self._state.start_serving(
+            Serving(
+                generator,
+                limits,
+                chat_template,
+                api.tool_call_parser,
+                adapters_bring_templates=api.adapter_chat_templates,
+            )
+        )
 
     def _engine_restarts(self) -> None:
         """The engine is gone: its requests end with an error, and others wait for the next one."""

@@ -4,6 +4,7 @@ import asyncio
 from typing import Literal
 
 from loraplex_server.api.adapter_finder import AdapterFinder
+from loraplex_server.api.adapter_templates import AdapterTemplates
 from loraplex_server.api.generation import Generator
 from loraplex_server.config import ServeConfig
 from loraplex_server.errors import NotReady
@@ -19,7 +20,7 @@ HOLD_BACK_S = 1.0
 class Serving:
     """All that a ready server has."""
 
-    __slots__ = ("chat_template", "generator", "limits", "tool_format")
+    __slots__ = ("adapter_templates", "chat_template", "generator", "limits", "tool_format")
 
     def __init__(
         self,
@@ -27,10 +28,13 @@ class Serving:
         limits: EngineReady,
         chat_template: ChatTemplate | None = None,
         tool_call_parser: str = "auto",
+        *,
+        adapters_bring_templates: bool = False,
     ):
         self.generator = generator
         self.limits = limits
         self.chat_template = chat_template  # None: the model has none that can be used
+        self.adapter_templates = AdapterTemplates(chat_template) if adapters_bring_templates else None
         self.tool_format = find_format(tool_call_parser, chat_template.source if chat_template else "")
 
 

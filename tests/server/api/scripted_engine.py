@@ -297,7 +297,10 @@ async def api_server(
         )
         generator = Generator(admission, client, tokenizer, metrics)
         template = ChatTemplate(chat_template, {"eos_token": ";"}) if chat_template else None
-        state.start_serving(Serving(generator, limits, template, config.api.tool_call_parser))
+        own_templates = config.api.adapter_chat_templates
+        state.start_serving(
+            Serving(generator, limits, template, config.api.tool_call_parser, adapters_bring_templates=own_templates)
+        )
     app = build_app(state)
     async with (
         _transport(app, live) as (transport, base_url),

@@ -60,7 +60,7 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
     serving = await state.serving()
     body.check(state.config.api.max_concurrent_requests)
     adapter_id = adapter_of(state, body.model, body.adapter_name, body.adapter_access)
-    job = with_headers(request, await chat_job(serving, body, adapter_id))
+    job = with_headers(request, await chat_job(state, serving, body, adapter_id))
     jobs = repeated(job, body.num_choices)
     note_for_log(request, adapter_id)
     envelope = new_envelope(state, "chatcmpl", adapter_id)
@@ -85,21 +85,25 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
     )
 
 
-async def chat_job(serving: Serving, body: ChatBody, adapter_id: str | None) -> GenerationJob:
+async def chat_job(state: ApiState, serving: Serving, body: ChatBody, adapter_id: str | None) -> GenerationJob:
     """What a body asks for, with its prompt and the grammar that its tools need."""
-    job = body.job(await chat_prompt(serving, body), adapter_id)
+    job = body.job(await chat_prompt(state, serving, body, adapter_id), adapter_id)
     use = body.tool_use()
     return job if use is None else dataclasses.replace(job, guide=await call_guide(serving, use))
 
 
-async def chat_prompt(serving: Serving, body: ChatBody) -> str:
-    """The text that the model's template makes of the messages."""
-    if serving.chat_template is None:
+async def chat_prompt(state: ApiState, serving: Serving, body: ChatBody, adapter_id: str | None) -> str:
+    """The text that the template makes of the messages: the adapter's own where that is allowed, or the model's."""
+    template = serving.chat_template
+    if adapter_id is not None and serving.adapter_templates is not None:
+        async with state.adapters.held(adapter_id, body.adapter_access) as found:
+            template = await serving.adapter_templates.template_of(found.spec) or template
+    if template is None:
         raise TemplateFailed(
             "this model has no chat template; send a finished prompt to /v1/completions or /generate, or start the "
             "server with --tokenizer-config-path"
         )
-    return await serving.chat_template.render_async(body.conversation())
+    return await template.render_async(body.conversation())
 
 
 def _choice_text(body: ChatBody, markers: Container[str] = frozenset()) -> ChoiceText:

@@ -104,7 +104,7 @@ async def _job(state: ApiState, serving: Serving, instance: GenerateBody | ChatB
         raise InvalidRequest("`instances` can neither be streamed nor have several answers")
     instance.check(1)
     adapter_id = adapter_of(state, instance.model, instance.adapter_name, instance.adapter_access)
-    return await chat_job(serving, instance, adapter_id)
+    return await chat_job(state, serving, instance, adapter_id)
 
 
 def _text(instance: GenerateBody | ChatBody, job: FinishedJob) -> str:

@@ -38,7 +38,7 @@ async def responses(request: Request) -> Response:
     chat = body.as_chat()
     chat.check(1)
     adapter_id = adapter_of(state, chat.model, chat.adapter_name, chat.adapter_access)
-    job = with_headers(request, chat.job(await chat_prompt(serving, chat), adapter_id))
+    job = with_headers(request, chat.job(await chat_prompt(state, serving, chat, adapter_id), adapter_id))
     note_for_log(request, adapter_id)
     begun = begun_answer(body, f"resp_{secrets.token_hex(16)}", adapter_id or state.config.api.model_id)
     generator = serving.generator

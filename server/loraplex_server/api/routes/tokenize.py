@@ -94,8 +94,8 @@ def _schema(fields: dict[str, Any]) -> type[GenerateBody | TokenizeBody | Tokeni
 
 async def _chat_prompt(state: ApiState, serving: Serving, body: ChatBody) -> str:
     body.check(state.config.api.max_concurrent_requests)
-    adapter_of(state, body.model, body.adapter_name)
-    return await chat_prompt(serving, body)
+    adapter_id = adapter_of(state, body.model, body.adapter_name, body.adapter_access)
+    return await chat_prompt(state, serving, body, adapter_id)
 
 
 async def _count(serving: Serving, text: str, add_special_tokens: bool, spells: bool | None) -> TokenCount:
