@@ -2,18 +2,31 @@
 
 import asyncio
 import sys
+import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "server" / "api"), str(Path(__file__).parents[1])]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "server" / "api"), str(TESTS)]
 
-from scripted_engine import ScriptedEngine, api_server  # noqa: E402  # a helper of the tests
+from scripted_engine import ScriptedEngine, api_server  # noqa: E402  # helpers of the tests
+from tiny_models import make_tiny_llama  # noqa: E402
 
 
-async def serve() -> None:
+class Texts(dict[str | None, str]):
+    """What each adapter says; a merge of adapters too."""
+
+    def __missing__(self, name: str | None) -> str:
+        return f"{name}"
+
+
+async def serve(folder: str) -> None:
     """Serve until the parent goes."""
-    async with api_server(ScriptedEngine(), live=True) as server:
+    engine = ScriptedEngine(texts=Texts({None: "hello world", "pirate": "arr"}))
+    async with api_server(engine, live=True, model_path=folder) as server:
         print(server.base_url, flush=True)
         await asyncio.to_thread(sys.stdin.read)
 
 
-asyncio.run(serve())
+with tempfile.TemporaryDirectory() as folder:
+    make_tiny_llama(folder)
+    asyncio.run(serve(folder))
