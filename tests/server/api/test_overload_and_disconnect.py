@@ -22,10 +22,12 @@ def raw_request(path: str, **parameters: Any) -> bytes:
     return head.encode() + body
 
 
-async def open_raw(server: TestServer, path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def open_raw(
+    server: TestServer, path: str, headers: bytes = b""
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     host, port = server.base_url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(raw_request(path))
+    writer.write(raw_request(path).replace(b"\r\n", b"\r\n" + headers, 1))
     return reader, writer
 
 
@@ -77,10 +79,13 @@ def test_overload_is_reported_before_the_fields_are_checked() -> None:
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
 @pytest.mark.parametrize("is_reset", [False, True])
-def test_a_client_that_leaves_takes_its_request_off_the_engine(path: str, is_reset: bool) -> None:
+@pytest.mark.parametrize("settings", [{}, {"api_key": ("key",), "cors_allow_origin": ("http://a",)}])
+def test_a_client_that_leaves_takes_its_request_off_the_engine(
+    path: str, is_reset: bool, settings: dict[str, tuple[str, ...]]
+) -> None:
     async def run() -> None:
-        async with asyncio.timeout(30), api_server(gated(), live=True) as server:
-            _, writer = await open_raw(server, path)
+        async with asyncio.timeout(30), api_server(gated(), live=True, **settings) as server:
+            _, writer = await open_raw(server, path, b"authorization: Bearer key\r\norigin: http://a\r\n")
             await until(lambda: server.engine.requests)
             if is_reset:
                 writer.transport.abort()
