@@ -38,6 +38,26 @@ def run(model, slots: AdapterSlots) -> dict[str, torch.Tensor]:
     return {name: paged.logits(name) for name in PROMPTS}
 
 
+def both_ways(
+    folder: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch, *, is_plain: bool = True
+) -> list[dict[str, torch.Tensor]]:
+    """What the CPU's kernels give, and what Triton's give."""
+    model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single())
+    assert model._is_plain == is_plain
+    weights = [
+        load_adapter_weights(folder, check_adapter(folder, model.config, max_rank=64), dtype=torch.float32)
+        for folder in adapters
+    ]
+    found = []
+    for interprets, make in ((False, AdapterSlots), (True, lambda model, count: PagedAdapterSlots(model, count, 64))):
+        monkeypatch.setattr(dispatch, "INTERPRETS", interprets)
+        slots = make(model, 2)
+        for slot, one in enumerate(weights):
+            slots.set(slot, one)
+        found.append(run(model, slots))
+    return found
+
+
 FUSED = ("Llama", "Qwen3")  # others go through their own layers
 
 
@@ -51,21 +71,7 @@ def test_a_family_gives_the_same_logits_by_triton_and_by_the_cpu(
         make_peft_adapter(tmp_path / "first", reference, rank=5, target_modules=family.linears),
         make_peft_adapter(tmp_path / "second", reference, rank=17, target_modules=family.linears[:1], seed=2),
     ]
-    model = load_model(
-        tmp_path / "model", dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single()
-    )
-    assert model._is_plain == (name in FUSED)
-    weights = [
-        load_adapter_weights(folder, check_adapter(folder, model.config, max_rank=64), dtype=torch.float32)
-        for folder in adapters
-    ]
-    found = []
-    for interprets, make in ((False, AdapterSlots), (True, lambda model, count: PagedAdapterSlots(model, count, 64))):
-        monkeypatch.setattr(dispatch, "INTERPRETS", interprets)
-        slots = make(model, 2)
-        for slot, one in enumerate(weights):
-            slots.set(slot, one)
-        found.append(run(model, slots))
+    found = both_ways(tmp_path / "model", adapters, monkeypatch, is_plain=name in FUSED)
     for prompt in PROMPTS:
         assert (found[0][prompt] - found[1][prompt]).abs().max() < 1e-3, prompt
     assert (found[0]["first"] - found[0]["base"][:1]).abs().max() > 0.1
@@ -129,3 +135,12 @@ def test_checkpoints_of_other_programs_stay_packed_and_give_the_same_logits(
         paged.add("a", list(range(3, 12)))
         found.append(paged.run_alone("a", 9))
     assert (found[0] - found[1]).abs().max() < 1e-3
+
+
+def test_what_adapters_bring_beside_products_is_applied_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = make_tiny(FAMILIES["Llama"], tmp_path / "model", num_hidden_layers=1)
+    first = make_peft_adapter(tmp_path / "first", reference, rank=4, use_dora=True, modules_to_save=["lm_head"])
+    second = make_peft_adapter(tmp_path / "second", reference, rank=9, seed=2)
+    found = both_ways(tmp_path / "model", [first, second], monkeypatch)
+    for prompt in PROMPTS:
+        assert (found[0][prompt] - found[1][prompt]).abs().max() < 1e-3, prompt

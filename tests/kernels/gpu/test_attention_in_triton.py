@@ -110,8 +110,8 @@ def test_a_wrong_block_is_noticed() -> None:
 
 
 def test_a_missing_mask_is_noticed() -> None:
-    """A query that sees the key after its own, one beyond its window, or cells beyond the sequence."""
-    cache, table, seq_lens = paged([21, 40], 16, torch.float32)
+    """A query sees a key beyond its window, or not its own, or cells beyond the sequence, within its last block."""
+    cache, table, seq_lens = paged([21, 39], 16, torch.float32)
     queries, starts = queries_of(10, 2, 16, torch.float32), starts_of([4, 6])
 
     def ours(lengths: Tensor, window: int) -> Tensor:
