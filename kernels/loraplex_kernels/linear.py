@@ -42,3 +42,10 @@ def linear(
     if deltas is not None:
         add_deltas(x, deltas, out)
     return out
+
+
+def wide_linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """Return x @ weight.T + bias in float32, at few rows not rounded to x's type before."""
+    if isinstance(weight, PackedWeight) and weight.blocks is not None and len(x) <= _cpu.FEW_ROWS:
+        return product(x, weight.blocks, bias, is_wide=True)
+    return linear(x, weight, bias).float()

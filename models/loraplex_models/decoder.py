@@ -253,7 +253,7 @@ class CausalLM:
         )
 
     def forward(self, batch: ForwardBatch, kv_cache: KVCache) -> Tensor:
-        """Return the logits of `batch.sample_rows`, [S, vocab] in the model's dtype; writes the cache in place.
+        """Return the logits of `batch.sample_rows`, [S, vocab] in float32; writes the cache in place.
 
         To be called under torch.inference_mode.
         """

@@ -59,6 +59,10 @@ class GroupedOnGpu:
                 out += term
         return out
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Return x @ weight.T + bias in float32."""
+        return self.apply(x).float()
+
     def dequantize(self) -> Tensor:
         """Return the weight in float32."""
         return torch.cat([unpack_groups(packed) for packed in self._packed])

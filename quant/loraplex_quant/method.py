@@ -34,6 +34,10 @@ class QuantMethod(Protocol):
         """Return x @ weight.T, plus the bias where there is one, plus `addend` and the adapters' deltas where given."""
         ...
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Return x @ weight.T + bias in float32, as little rounded as the kernel can."""
+        ...
+
     def dequantize(self) -> Tensor:
         """Return the weight [out, in] as plain numbers in float32, in memory of its own; not for every step."""
         ...

@@ -40,6 +40,10 @@ class Int8:
         """Return x @ weight.T + bias + addend + deltas."""
         return int8_linear(x, self._packed, self._scales, self.bias, addend, deltas)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Return x @ weight.T + bias in float32."""
+        return self.apply(x).float()
+
     def dequantize(self) -> Tensor:
         """Return the weight in float32."""
         return unpack_int8(self._packed).float().mul_(self._scales.unsqueeze(1))
@@ -71,6 +75,10 @@ class Int4:
         if deltas is not None:
             add_deltas(x, deltas, out)
         return out
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return x @ weight.T + bias in float32."""
+        return self.apply(x).float()
 
     def dequantize(self) -> Tensor:
         """Return the weight in float32."""

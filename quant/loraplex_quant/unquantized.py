@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraplex_kernels.linear import linear, pack_weight, unpack_weight
+from loraplex_kernels.linear import linear, pack_weight, unpack_weight, wide_linear
 from loraplex_kernels.lora import Deltas
 from loraplex_quant.grouped import plain
 from loraplex_quant.method import LinearWeight
@@ -31,6 +31,10 @@ class Unquantized:
     def apply(self, x: Tensor, addend: Tensor | None = None, deltas: Deltas | None = None) -> Tensor:
         """Return x @ weight.T + bias + addend + deltas."""
         return linear(x, self._weight, self.bias, addend, deltas)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return x @ weight.T + bias in float32."""
+        return wide_linear(x, self._weight, self.bias)
 
     def dequantize(self) -> Tensor:
         """Return the weight in float32."""

@@ -129,7 +129,7 @@ def _expand(h, table, slot, columns, max_rank, token, column, sums):
 @ChunkFunction
 def _product_chunk(numbers, chunk):
     """Some blocks of the product; or, for the highest chunks, a task of the adapters' shrinking."""
-    arguments = longs(numbers, 25)
+    arguments = longs(numbers, 26)
     x, weight, bias, addend, out = arguments[0], arguments[1], arguments[2], arguments[3], arguments[4]
     num_rows, in_size, out_size = arguments[5], arguments[6], arguments[7]
     chunk_size, num_blocks, num_chunks = arguments[8], arguments[9], arguments[10]
@@ -138,11 +138,12 @@ def _product_chunk(numbers, chunk):
     table = longs(arguments[19], (arguments[20], num_parts, 3))
     starts, slots = ints(arguments[21], num_segments + 1), ints(arguments[22], num_segments)
     columns, h = longs(arguments[23], num_parts + 1), floats(arguments[24], (num_rows, num_parts * max_rank))
+    is_wide = arguments[25]
     if chunk >= num_chunks:
         _shrink(x, num_rows, in_size, table, starts, slots, max_rank, chunk - num_chunks, h)
         add(first_word, -1)
         return
-    result = halves(out, (num_rows, out_size))
+    result, wide_result = halves(out, (num_rows, out_size)), floats(out, (num_rows, out_size))
     sums = np.empty((8, BLOCK), np.float32)
     for block in range(chunk * chunk_size, min((chunk + 1) * chunk_size, num_blocks)):
         column = block * BLOCK
@@ -178,13 +179,16 @@ def _product_chunk(numbers, chunk):
                 for segment in range(num_segments):
                     if starts[segment] <= token < starts[segment + 1] and slots[segment] >= 0:
                         _expand(h, table, slots[segment], columns, max_rank, token, column, sums[row])
+                if is_wide:
+                    wide_result[token, column : column + BLOCK] = sums[row]
+                    continue
                 line = result[token, column : column + BLOCK]
                 for i in range(BLOCK):
                     line[i] = store(sums[row, i], line[i])
             first_row += together
 
 
-_LAYOUT = struct.Struct("26q")
+_LAYOUT = struct.Struct("27q")
 _NO_ADAPTERS = (0,) * 9
 
 
@@ -194,16 +198,19 @@ def product(
     bias: Tensor | None = None,
     addend: Tensor | None = None,
     deltas: "Deltas | None" = None,
+    *,
+    is_wide: bool = False,
 ) -> Tensor:
     """Return x @ weight.T + bias + addend, plus each token's adapter delta: [T, out_size], rounded once.
 
-    x: [T, in], addend: [T, out_size], bias: [out_size], all bfloat16; the deltas' table is one of compiled loops.
+    x: [T, in], addend: [T, out_size], bias: [out_size], all bfloat16; the deltas' table is one of compiled loops. With
+    `is_wide` the result is the float32 sums as they are.
     """
     x = x.contiguous()
     addend = None if addend is None else addend.contiguous()
     wide_x = None if weight.kind == HALF else x.float()
     num_rows, out_size = len(x), weight.out_size
-    out = x.new_empty(num_rows, out_size)
+    out = x.new_empty(num_rows, out_size, dtype=torch.float32 if is_wide else x.dtype)
     num_blocks = out_size // BLOCK
     chunk_size = max(num_blocks // _CHUNKS, 1)
     num_chunks = -(-num_blocks // chunk_size)
@@ -223,6 +230,6 @@ def product(
         0 if bias is None else bias.data_ptr(), 0 if addend is None else addend.data_ptr(), out.data_ptr(),
         num_rows, weight.in_size, out_size, chunk_size, num_blocks, num_chunks, weight.kind,
         0 if wide_x is None else wide_x.data_ptr(), weight.scales, weight.group_size, team.first_word, *adapters,
-        num_first=num_tasks,
+        is_wide, num_first=num_tasks,
     )  # fmt: skip
     return out

@@ -34,7 +34,7 @@ _PENDING = 64  # chunks not done
 _ASLEEP = 128  # helpers that sleep, or are about to
 _FIRST = 192  # chunks not done of those that others wait for
 _JOB = 256  # the piece: the address of its chunk function, then the numbers that the function reads
-MAX_NUMBERS = 25
+MAX_NUMBERS = 26
 _JOB_WORDS = 1 + MAX_NUMBERS
 _NUM_WORDS = _JOB // 8 + _JOB_WORDS
 

@@ -64,10 +64,10 @@ class Head:
         return None if found is None else found.float()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the logits [S, vocab] of hidden states [S, hidden], in their dtype."""
+        """Return the logits [S, vocab] of hidden states [S, hidden], in float32: rounding would tie likely tokens."""
         if len(hidden) == 0:
-            return hidden.new_empty(0, self._shape[0])
-        return self._method.apply(hidden)
+            return hidden.new_empty(0, self._shape[0], dtype=torch.float32)
+        return self._method.logits(hidden)
 
     def _read(self, checkpoint: Checkpoint, name: str, vocab_size: int) -> LinearWeight:
         bias_name = f"{name.removesuffix('weight')}bias"

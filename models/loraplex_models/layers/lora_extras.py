@@ -174,7 +174,7 @@ def _change_logits(end: EndChange, logits: Tensor, hidden: Tensor) -> None:
     if end.weight is not None:
         logits.copy_(linear(hidden, end.weight))
     if end.row_ids is not None and end.rows is not None:
-        logits[:, end.row_ids] = linear(hidden, end.rows)
+        logits[:, end.row_ids] = linear(hidden, end.rows).to(logits.dtype)
     if end.change is not None:
         end.change.apply(logits)
     if end.a is not None and end.b is not None:

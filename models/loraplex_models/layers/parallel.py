@@ -80,7 +80,7 @@ class VocabHead(Head):
         self._method = self._keeping.head(LinearWeight(take_part(whole.weight, cut), bias), may_share=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the logits [S, vocab] of hidden states [S, hidden], in their dtype."""
+        """Return the logits [S, vocab] of hidden states [S, hidden], in float32."""
         size = self._group.size
         longest = -(-self._vocab_size // size)
         logits = super().forward(hidden)
