@@ -117,7 +117,7 @@ def test_a_quantised_model_computes_in_half_precision_too(dtype: torch.dtype) ->
     paged = PagedModel(load(FIXTURES / "autogptq-b4-g32-act-sym", dtype))
     paged.add("a", list(range(3, 60)))
     ours = paged.run_alone("a", 64)
-    assert ours.dtype == dtype
+    assert ours.dtype == torch.float32
     assert (ours.float() - logits(FIXTURES / "autogptq-b4-g32-act-sym")).abs().max() < 0.05
 
 
