@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from loraplex_quant.config import QuantConfig
+from loraplex_quant.grouped import GroupedWeight
 from loraplex_quant.method import QuantFormatError, StoredLinear
 
-INT8_MAX = 127
+INT8_MAX, INT8_ZERO = 127, 128
 NUM_CODES = 16
 NUM_NESTED_CODES = 256
 
@@ -25,13 +26,15 @@ class BitsAndBytes8:
         """Whether this linear is quantised; skipped modules have no SCB."""
         return "SCB" in stored
 
-    def read(self, stored: StoredLinear, in_size: int, out_size: int) -> Tensor:
-        """Return the weight [out, in] in float32."""
+    def read(self, stored: StoredLinear, in_size: int, out_size: int) -> GroupedWeight:
+        """Return the weight [out, in], each output a group."""
         if "weight_format" in stored and int(stored.take("weight_format", (), (torch.uint8,))) != 0:
             raise QuantFormatError("its weight_format is not 'row'; save it again with bitsandbytes 0.43 or later")
         numbers = stored.take("weight", (out_size, in_size), (torch.int8,))
         row_max = stored.take("SCB", (out_size,), (torch.float32,))
-        return numbers.float().mul_((row_max / INT8_MAX).unsqueeze(-1))
+        # Signed numbers become those above a zero of 128.
+        above_zero = numbers.view(torch.uint8).bitwise_xor(INT8_ZERO)
+        return GroupedWeight(8, above_zero, torch.full((1, 1), INT8_ZERO), (row_max / INT8_MAX).unsqueeze(-1))
 
 
 class BitsAndBytes4:

@@ -121,6 +121,31 @@ def test_a_quantised_model_computes_in_half_precision_too(dtype: torch.dtype) ->
     assert (ours.float() - logits(FIXTURES / "autogptq-b4-g32-act-sym")).abs().max() < 0.05
 
 
+SMALL = (
+    "autogptq-b4-g32-act-sym",
+    "autogptq-b4-gall-noact-asym",
+    "gptqmodel-g4-32-v2",
+    "autoawq-gemv-g32",
+    "ct-gptq-w4a16-act",
+    "bnb-int8",
+)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_in_bfloat16_the_numbers_stay_as_small_as_they_are(name: str) -> None:
+    small, plain = load(FIXTURES / name, torch.bfloat16), load(FIXTURES / name)
+    linear, widened = small.layers[0].mlp.linears[0], plain.layers[0].mlp.linears[0]
+    # In float32 a number takes 32 bits, here 8 or 4 and its share of the scales.
+    assert linear.num_bytes < widened.num_bytes * (0.27 if name == "bnb-int8" else 0.17)
+    exact = widened.dequantize()
+    assert (linear.dequantize() - exact).abs().max() < 2**-7 * exact.abs().max()
+    for chunk in (1, 20, 57):
+        paged = PagedModel(small)
+        paged.add("a", list(range(3, 60)))
+        ours, theirs = paged.run_alone("a", chunk).float(), logits(FIXTURES / name)
+        assert (ours - theirs).abs().mean() < 0.03 * theirs.std()
+
+
 @pytest.mark.parametrize("name", ["autogptq-b4-g32-act-sym", "autoawq-gemm-g32", "ct-gptq-w8a16", "bnb-nf4"])
 def test_a_linear_that_was_left_plain_may_stand_beside_quantised_ones(name: str, tmp_path: Path) -> None:
     module = "model.layers.0.self_attn.k_proj"
