@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from demo_server import CHAT, LaunchedServer, is_alive, wait_until
+from demo_server import CHAT, LaunchedServer, free_port, is_alive, wait_until
 
 # The contract allows 2 s and 30 s; a shared machine may take several times that.
 ERROR_S = 15
@@ -89,7 +89,6 @@ async def break_under_load(server: LaunchedServer, name: str, number: signal.Sig
     ("name", "number", "named"),
     [
         ("engine-1", signal.SIGKILL, "engine-1 was killed by SIGKILL"),
-        ("engine", signal.SIGKILL, "engine was killed by SIGKILL"),
         ("engine-1", signal.SIGSTOP, "engine-1 was stopped (SIGSTOP)"),
     ],
 )
@@ -113,3 +112,44 @@ def test_a_lost_rank_ends_its_streams_and_the_group_comes_back_by_itself(
     with capsys.disabled():
         line = next(line for line in reversed(server.said.splitlines()) if "ready again" in line)
         print(f"\n{name} {number.name}: last client's error after {error_s:.1f} s; {line.partition('launcher: ')[2]}")
+
+
+def tiny_answer(server: LaunchedServer, adapter_id: str | None) -> str:
+    parameters = {"adapter_id": adapter_id, "max_new_tokens": 12}
+    answer = httpx.post(f"{server.url}/generate", json={"inputs": "once", "parameters": parameters}, timeout=60)
+    return str(answer.json()["generated_text"])
+
+
+def test_two_machines_share_a_model(launch: Launch, launch_tiny: Launch, tiny_world: Path) -> None:
+    exact = ("--dtype", "float32")
+    alone = launch_tiny(*exact)
+    said = {one: tiny_answer(alone, one) for one in (None, "good", "other")}
+    assert alone.stop() == 0
+    point = ("--nnodes", "2", "--num-shard", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+    second = launch(
+        "--model-id", str(tiny_world / "base"), "--num-threads", "1", "--num-kv-blocks", "4096", *exact, *point,
+        "--node-rank", "1",
+    )  # fmt: skip
+    first = launch_tiny(*exact, *point, "--node-rank", "0")
+    wait_until(lambda: "launcher: ready" in second.said, "the other machine")
+    second.note_pids()
+    assert set(first.pids) == {"api", "engine"} and set(second.pids) == {"engine-1"}
+    assert {one: tiny_answer(first, one) for one in said} == said
+    second.kill("engine-1")
+    wait_until(lambda: "ready again" in first.said and "ready again" in second.said, "both again", SERVING_S)
+    assert {one: tiny_answer(first, one) for one in said} == said
+    assert first.stop() == 0
+    second.process.send_signal(signal.SIGTERM)
+    assert second.process.wait(ERROR_S) == 0
+
+
+def test_a_single_engine_is_started_again_when_that_is_asked_for(launch_tiny: Launch) -> None:
+    server = launch_tiny("--max-engine-restarts", "1")
+    before = {one: tiny_answer(server, one) for one in (None, "good", "other")}
+    server.kill("engine")
+    wait_until(lambda: "ready again" in server.said, "the next engine", SERVING_S)
+    wait_until(lambda: httpx.get(f"{server.url}/health").status_code == 200, "its health", SERVING_S)
+    assert {one: tiny_answer(server, one) for one in before} == before
+    server.note_pids()
+    server.kill("engine")
+    assert server.wait(ERROR_S) == 1

@@ -1,6 +1,7 @@
 """Several ranks as one executor: rank 0 sends every plan to the others, which obey it like their own."""
 
 import contextlib
+import time
 from dataclasses import replace
 from typing import Literal
 
@@ -12,6 +13,8 @@ from loraplex_server.engine.heartbeat import Heartbeat
 from loraplex_server.engine.step import StepPlan
 from loraplex_server.engine.worker import StepResult, Worker
 
+# An idle rank 0 makes sure that often that the others are there.
+HEARING_INTERVAL_S = 1.0
 # What a rank says of a load that it is asked about.
 UNDER_WAY, LOADED, FAILED = range(3)
 LoadKey = tuple[str, Literal["host", "device"]]  # digest and tier
@@ -39,11 +42,13 @@ class GroupExecutor:
         self._group = group
         self._loads = _GroupLoads(worker, group)
         self._result: StepResult | None = None
+        self._heard_at = time.monotonic()  # when all ranks were last known to be there
 
     def launch(self, plan: StepPlan) -> None:
         """Compute the step, together with the other ranks. Raises RanksLost."""
         self._group.send(_encode(plan))
         self._result = self._worker.execute(plan)
+        self._heard_at = time.monotonic()
 
     def collect(self) -> StepResult:
         """The step's result."""
@@ -52,10 +57,14 @@ class GroupExecutor:
         return result
 
     def finished_loads(self) -> list[FinishedLoad]:
-        """Loads of adapters that ended on every rank, or failed on one, since the last call. Raises RanksLost."""
+        """Loads of adapters that ended on every rank, or failed on one, since the last call. Raises RanksLost.
+
+        Ranks of which nothing has been heard for a while are asked too: one on another machine may have gone.
+        """
         keys = self._loads.look()
-        if not keys:
+        if not keys and time.monotonic() - self._heard_at < HEARING_INTERVAL_S:
             return []
+        self._heard_at = time.monotonic()
         self._group.send(_encode(AskLoads(keys)))
         return self._loads.agree(keys)
 
@@ -100,7 +109,8 @@ class _GroupLoads:
 
     def agree(self, keys: list[LoadKey]) -> list[FinishedLoad]:
         """Tell the other ranks and hear them: loads that have ended on all of them. One that failed is undone here."""
-        answers = self._group.gather_numbers([number for key in keys for number in self._answer(key)])
+        own = [number for key in keys for number in self._answer(key)]
+        answers = [numbers[1:] for numbers in self._group.gather_numbers([self._group.rank, *own])]
         agreed: list[FinishedLoad] = []
         for place, key in enumerate(keys):
             of_ranks = [(numbers[2 * place], numbers[2 * place + 1]) for numbers in answers]
