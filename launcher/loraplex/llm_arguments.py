@@ -21,7 +21,7 @@ SAME_MEANING = {
 }
 DTYPE_NAMES = {"half": "float16", "float": "float32"}
 
-_ONE_CPU = "the model runs on the CPU, in one process"
+_ONE_CPU = "the model runs on the CPU"
 _TEXT_ONLY = "text is all that is served"
 _NO_CODE = "code that comes with a model is never run"
 # vLLM's arguments that change nothing here, with the reason.
@@ -33,10 +33,10 @@ NO_MEANING = {
     "cpu_offload_gb": _ONE_CPU,
     "disable_custom_all_reduce": _ONE_CPU,
     "disable_log_stats": "nothing is logged about steps",
-    "distributed_executor_backend": _ONE_CPU,
+    "distributed_executor_backend": "ranks are processes of this machine",
     "enable_chunked_prefill": "prompts are always computed in chunks",
     "enforce_eager": "there are no CUDA graphs to leave out",
-    "fully_sharded_loras": _ONE_CPU,
+    "fully_sharded_loras": "adapters are cut with the linears, whose sums they share",
     "gpu_memory_utilization": "the model runs on the CPU; kv_memory_fraction shares out its memory",
     "kv_cache_dtype": "the KV cache has the type of the computation",
     "limit_mm_per_prompt": _TEXT_ONLY,

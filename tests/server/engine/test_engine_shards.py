@@ -13,6 +13,7 @@ from slow_dequantization import FIXTURES
 from tiny_families import FAMILIES, make_tiny
 from tiny_models import make_peft_adapter, make_tiny_llama
 
+from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.parallel import ParallelGroup
 from loraplex_server.control import ControlLine
 from loraplex_server.engine.heartbeat import Heartbeat
@@ -26,14 +27,23 @@ GPTQ_SHAPE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 Outputs = dict[str, list[TokenOutput]]
 
 
-def follow_rank(folder: Path, group: ParallelGroup) -> None:
-    """The life of a rank that is not the first."""
+def follow_rank(folder: Path, group: ParallelGroup, unreadable: Path | None) -> None:
+    """The life of a rank that is not the first, and that cannot read one folder."""
     bench = EngineBench(folder, {}, group=group)
     config, limits = bench.settle()
     ours, theirs = socket.socketpair()
     heartbeat = Heartbeat(ControlLine(ours))
+    worker = build_worker(config, bench.model, limits)
+    read = worker.host_cache._read
+
+    def read_or_fail(path: str) -> AdapterWeights:
+        if path == str(unreadable):
+            raise FileNotFoundError(path)
+        return read(path)
+
+    worker.host_cache._read = read_or_fail
     try:
-        follow(build_worker(config, bench.model, limits), group, heartbeat)
+        follow(worker, group, heartbeat)
     finally:
         heartbeat.close()
         ours.close()
@@ -41,13 +51,18 @@ def follow_rank(folder: Path, group: ParallelGroup) -> None:
 
 
 def over_ranks(
-    size: int, tmp_path: Path, folder: Path, adapters: dict[str, Path], play: Callable[[EngineBench], None]
+    size: int,
+    tmp_path: Path,
+    folder: Path,
+    adapters: dict[str, Path],
+    play: Callable[[EngineBench], None],
+    unreadable: Path | None = None,
 ) -> Outputs:
     """What the engine says when `play` is done with it."""
 
     def work(group: ParallelGroup) -> Outputs:
         if group.rank > 0:
-            follow_rank(folder, group)
+            follow_rank(folder, group, unreadable)
             return {}
         bench = EngineBench(folder, adapters, group=group)
         try:
@@ -98,3 +113,19 @@ def test_ranks_together_give_the_tokens_of_one(world: tuple[Path, dict[str, Path
     assert len({tuple(tokens) for tokens in alone.values()}) > 6
     for size in (2, 4):
         assert token_ids(over_ranks(size, tmp_path, folder, adapters, mixed)) == alone
+
+
+def test_an_adapter_that_one_rank_cannot_read_costs_its_own_requests_only(tmp_path: Path) -> None:
+    raw = make_tiny(FAMILIES["Llama"], tmp_path / "model")
+    adapters = {name: make_peft_adapter(tmp_path / name, raw, rank=4, seed=seed) for seed, name in enumerate("ab")}
+
+    def play(bench: EngineBench) -> None:
+        for name in (None, "a", "b", "a"):
+            bench.add(f"{name} {len(bench.outputs)}", [5, 6, 7], name)
+        bench.run()
+
+    outputs = over_ranks(2, tmp_path, tmp_path / "model", adapters, play, unreadable=adapters["a"])
+    assert outputs["a 1"][-1].error == outputs["a 3"][-1].error
+    assert "rank 1 could not load it" in str(outputs["a 1"][-1].error)
+    fine = {name: said for name, said in outputs.items() if not name.startswith("a")}
+    assert all(len(tokens) == 8 for tokens in token_ids(fine).values())
