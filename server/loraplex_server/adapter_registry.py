@@ -48,7 +48,7 @@ class AdapterVersion:
 
     @property
     def label(self) -> str:
-        """Where it comes from, in a word."""
+        """Where it comes from, for operators."""
         if self.location is not None:
             return str(self.location)
         return self.spec.source if self.spec is not None else ""

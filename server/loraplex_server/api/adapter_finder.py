@@ -1,6 +1,7 @@
 """`AdapterFinder`: from what a request calls an adapter to a content that the engine knows, fetched if need be."""
 
 import asyncio
+import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -191,9 +192,19 @@ class AdapterFinder:
         """What was fetched for requests, the longest unused first."""
         return [*self._dynamic.values()]
 
+    def place_of(self, location: AdapterLocation) -> str:
+        """A location as everybody may see it: no folder of this machine above the roots."""
+        if location.source != "local":
+            return str(location)
+        if location.by_operator:
+            return os.path.basename(location.place.rstrip("/"))
+        place = location.place
+        roots = (root.rstrip("/") + "/" for root in self._config.adapter_root)
+        return next((place.removeprefix(root) for root in roots if place.startswith(root)), place)
+
     def forget_dynamic(self, adapter_id: str) -> bool:
         """Forget what was fetched under this id, for everybody; whether there was anything."""
-        keys = [key for key, one in self._dynamic.items() if adapter_id in (one.name, str(one.location))]
+        keys = [key for key, one in self._dynamic.items() if adapter_id in (one.name, self.place_of(one.location))]
         for key in keys:
             self._drop(key)
         return bool(keys)

@@ -1,9 +1,14 @@
 """Adapters that come because a request names them: from the hub (a stand-in) and from below a root."""
 
 import asyncio
+from threading import Lock
+from typing import Any
 
+import pytest
 from adapter_world import AdapterWorld, refusal, world
 from scripted_engine import TestServer
+
+from loraplex_server.adapter_intake import AdapterIntake
 
 __all__ = ["world"]
 
@@ -88,9 +93,45 @@ def test_a_folder_below_the_root_is_found_by_its_name_and_by_its_path(world: Ada
             answer = await server.generate(adapter_id=adapter_id, adapter_source="local")
             assert answer.status_code == 200, answer.text
         assert len(world.digests()) == 1
+        for path in ("/adapters", "/v1/models"):
+            listed = (await server.http.get(path)).text
+            assert "team/legal" in listed and str(world.folder) not in listed
 
     world.serve(test)
     assert world.hub.requests == []
+
+
+def test_only_so_many_adapters_are_fetched_at_a_time_and_only_so_many_requests_wait(
+    world: AdapterWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bring, lock, at_once = AdapterIntake.bring, Lock(), [0, 0]
+
+    def counted(*arguments: Any) -> Any:
+        with lock:
+            at_once[0] += 1
+            at_once[1] = max(at_once)
+        try:
+            return bring(*arguments)
+        finally:
+            with lock:
+                at_once[0] -= 1
+
+    monkeypatch.setattr(AdapterIntake, "bring", counted)
+    for i in range(6):
+        world.publish(f"acme/{i}")
+    world.hub.piece_pause_s = 0.03
+
+    async def test(server: TestServer) -> None:
+        fetches = [asyncio.create_task(server.generate(adapter_id=f"acme/{i}")) for i in range(6)]
+        while not world.hub.requests:
+            await asyncio.sleep(0.005)
+        answer = await server.generate(adapter_id="acme/more")
+        assert refusal(answer) == (429, "overloaded") and answer.headers["retry-after"]
+        assert (await server.generate()).status_code == 200
+        assert {answer.status_code for answer in await asyncio.gather(*fetches)} == {200}
+
+    world.serve(test, max_adapter_fetches=2, max_concurrent_requests=6)
+    assert at_once == [0, 2]
 
 
 def test_a_request_whose_adapter_is_fetched_takes_no_permit_from_others(world: AdapterWorld) -> None:

@@ -40,7 +40,7 @@ async def get_adapter(request: Request) -> Response:
         return _json(_named(finder, found[0]))
     sees_all = is_admin(request)
     for one in finder.dynamic():
-        if name in (one.name, str(one.location)) and (sees_all or one.found.scope is None):
+        if name in (one.name, finder.place_of(one.location)) and (sees_all or one.found.scope is None):
             return _json(_fetched(finder, one))
     finder.registry.resolve(name)  # refuses what cannot be a name
     raise finder.registry.not_found(name)
@@ -156,7 +156,7 @@ def _named(finder: AdapterFinder, entry: AdapterEntry) -> AdapterInfo:
 def _fetched(finder: AdapterFinder, one: DynamicAdapter) -> AdapterInfo:
     version = AdapterVersion("1", one.location, one.found.spec, uses=one.found.uses)
     return AdapterInfo(
-        name=str(one.location),
+        name=finder.place_of(one.location),
         pinned=False,
         dynamic=True,
         last_used=one.found.uses.last or None,
@@ -172,7 +172,7 @@ def _version(finder: AdapterFinder, version: AdapterVersion, share: float) -> Ve
         version=version.version,
         share=share,
         source=spec.source if spec is not None else location.source if location is not None else "",
-        id=version.label,
+        id=finder.place_of(location) if location is not None else version.label,
         revision=spec.revision if spec is not None else None,
         digest=spec.digest if spec is not None else None,
         rank=spec.rank if spec is not None else None,

@@ -31,8 +31,9 @@ def models(state: ApiState) -> list[Model]:
     """Everything that can be asked for by everybody: the base, the names, and the public adapters fetched so far."""
     base = state.config.api.model_id
     length = state.limits.max_total_tokens if state.limits is not None else None
-    fetched = (one for one in state.adapters.dynamic() if one.found.scope is None)
-    names = [*(entry.name for entry in state.adapters.registry.entries()), *(str(one.location) for one in fetched)]
+    adapters = state.adapters
+    fetched = (one for one in adapters.dynamic() if one.found.scope is None)
+    names = [entry.name for entry in adapters.registry.entries()] + [adapters.place_of(one.location) for one in fetched]
     return [
         Model(id=base, owned_by=base, root=base, max_model_len=length),
         *(Model(id=name, owned_by=base, root=name, parent=base, max_model_len=length) for name in names),
