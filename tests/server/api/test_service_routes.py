@@ -77,6 +77,8 @@ def test_models_are_the_base_and_then_the_adapters_with_their_parent() -> None:
         for model in models["data"]:
             assert (model["object"], model["max_model_len"]) == ("model", 60)
             assert (await server.http.get(f"/v1/models/{model['id']}")).json() == model
+            named = await server.http.get(f"/v1/models/tiny-base:{model['id']}")
+            assert model["parent"] is None or named.json() == model
 
     with_server(test, adapters=("org/a", "b"))
 

@@ -46,9 +46,9 @@ async def list_models(request: Request) -> Response:
 
 
 async def get_model(request: Request) -> Response:
-    """GET /v1/models/{id}; an id may contain slashes."""
-    model_id = request.path_params["model_id"]
+    """GET /v1/models/{id}; an id may contain slashes, and an adapter's may have the base's name and a colon before."""
     state: ApiState = request.app.state.api
+    model_id = request.path_params["model_id"].removeprefix(f"{state.config.api.model_id}:")
     for model in models(state):
         if model.id == model_id:
             return _json(model)
