@@ -48,10 +48,9 @@ def check_calls(choice: Any, calls: list[tuple[str, str]], reason: str | None) -
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=["required", *SCHEMAS])
-@pytest.mark.parametrize("temperature", [0, 1.5])
-@pytest.mark.parametrize("model", ["tgi", "pirate"])
+@pytest.mark.parametrize(("model", "temperature"), [("tgi", 0), ("pirate", 1.5)])
 def test_a_call_that_must_come_comes_with_arguments_of_its_schema(
-    client: openai.OpenAI, choice: Any, temperature: float, model: str
+    client: openai.OpenAI, choice: Any, model: str, temperature: float
 ) -> None:
     asked: Any = {
         "model": model, "messages": ASK, "tools": TOOLS, "tool_choice": choice, "temperature": temperature, "seed": 7,

@@ -40,11 +40,15 @@ def keep_allowed(scores: Tensor, lines: list[int], masks: NDArray[np.int32]) -> 
         bits = np.unpackbits(masks.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
         blocked = torch.from_numpy(bits == 0)
     else:
-        words = torch.from_numpy(masks).to(scores.device)
-        shifts = torch.arange(32, dtype=torch.int32, device=scores.device)
-        blocked = ((words[:, :, None] >> shifts) & 1 == 0).flatten(1)[:, :vocab_size]
+        blocked = ~allowed_tokens(torch.from_numpy(masks).to(scores.device), vocab_size)
     for place, line in enumerate(lines):
         scores[line].masked_fill_(blocked[place], -torch.inf)
+
+
+def allowed_tokens(masks: Tensor, vocab_size: int) -> Tensor:
+    """Masks as `keep_allowed` takes them, [lines, words] int32, as booleans: [lines, vocab_size]."""
+    shifts = torch.arange(32, dtype=torch.int32, device=masks.device)
+    return ((masks[:, :, None] >> shifts) & 1).bool().flatten(1)[:, :vocab_size]
 
 
 def argmax(scores: Tensor) -> Tensor:
