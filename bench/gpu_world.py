@@ -77,6 +77,10 @@ class RandomCheckpoint:
         self._generator = torch.Generator(device).manual_seed(seed)
         self._dtype, self._device, self._bits, self._std = dtype, device, bits, std
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a tensor is there that a checkpoint need not have: a head's bias is not."""
+        return not name.endswith("bias")
+
     def take(self, name: str, shape: tuple[int, ...], dtypes: Sequence[torch.dtype] = ()) -> torch.Tensor:
         """A norm near 1, or weights around 0."""
         if "norm" in name:
