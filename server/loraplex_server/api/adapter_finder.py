@@ -34,6 +34,8 @@ from loraplex_server.messages import AdapterSpec, AdapterStatus
 # Adapters that were fetched for a request and are remembered; the longest unused one is forgotten for the next.
 MAX_DYNAMIC_ADAPTERS = 10_000
 MAX_UPLOADS = 4
+# How long a fetching thread waits for the event loop, which may be about to end.
+LET_GO_WAIT_S = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +301,9 @@ def build_finder(config: ServeConfig, tell: Callable[[AdapterMessage], None]) ->
     async def let_go(key: str) -> bool:
         return finder.let_go(key)
 
-    intake = AdapterIntake(config, store, lambda key: asyncio.run_coroutine_threadsafe(let_go(key), loop).result())
+    intake = AdapterIntake(
+        config, store, lambda key: asyncio.run_coroutine_threadsafe(let_go(key), loop).result(LET_GO_WAIT_S)
+    )
     fetcher = AdapterFetcher(intake, max_fetches=sources.max_adapter_fetches, timeout_s=sources.adapter_fetch_timeout)
     finder = AdapterFinder(
         sources,
