@@ -1,6 +1,5 @@
 """Logits to tokens: one pass over the whole batch, whatever each row's parameters are."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -13,6 +12,7 @@ from loraplex_kernels.choice import most_likely
 from loraplex_server.engine import logits as processors
 from loraplex_server.engine.guided import GuidedRows
 from loraplex_server.engine.noise import TokenNoise, seed_keys, step_keys
+from loraplex_server.engine.sampling_batch import Batch, Bias, Cut, Draws, Penalties
 from loraplex_server.engine.token_bans import TokenBans, has_bans
 from loraplex_server.messages import SamplingParams, TopLogprob
 
@@ -37,73 +37,6 @@ class SampledTokens:
     logprobs: list[float]
     top_logprobs: list[list[TopLogprob]]
     problems: dict[int, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Penalties:
-    """The penalised rows of a batch; tensors have one value for each."""
-
-    index: Tensor  # into the batch
-    rows: NDArray[np.int64]
-    prompt_lengths: Tensor
-    repetition: Tensor
-    frequency: Tensor
-    presence: Tensor
-    count: Tensor | None  # absent where all are 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Bias:
-    """What is added to single scores of a batch; one value each."""
-
-    positions: Tensor  # into the batch
-    token_ids: Tensor
-    values: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """One cut and the sampled rows that ask for it; no index where all do."""
-
-    index: Tensor | None  # into the sampled rows
-    keep: Callable[[Tensor], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Draws:
-    """The rows of a batch that sample instead of taking the best token."""
-
-    index: Tensor  # into the batch
-    rows: NDArray[np.int64]
-    keys: NDArray[np.uint64]
-    temperature: Tensor  # [sampled, 1]
-    cuts: list[_Cut]
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """The parameters of a set of rows, gathered once and used for as long as the same rows come."""
-
-    rows: list[int]
-    row_index: NDArray[np.int64]
-    watermarked: list[int]  # positions in the batch
-    penalties: _Penalties | None
-    bias: _Bias | None
-    draws: _Draws | None
-    remembered: list[int]  # positions of the rows whose tokens are kept for penalties or watermark
-    guided: list[int]  # positions of the rows with a grammar
-    banning: list[int]  # positions of the rows with tokens that they may not choose
-    top_counts: dict[int, int]  # position → number of likely tokens to report
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether every row takes its best token as the scores come, and reports no others."""
-        return not (self.changes_scores or self.top_counts)
-
-    @property
-    def changes_scores(self) -> bool:
-        """Whether anything beside greedy rows as they come is in the batch."""
-        return bool(self.watermarked or self.penalties or self.bias or self.draws)
 
 
 class Sampler:
@@ -137,7 +70,7 @@ class Sampler:
         self._history = torch.zeros(num_rows, 0, dtype=torch.int64, device=device)
         self._scores = torch.empty(0, vocab_size, device=device)
         self._logprobs = torch.empty(0, vocab_size, device=device)
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
 
     def add(self, row: int, params: SamplingParams, token_ids: list[int], num_output_tokens: int = 0) -> None:
         """Put a sequence into a free row: its tokens so far, of which the last `num_output_tokens` are output."""
@@ -186,7 +119,7 @@ class Sampler:
         )
         return replace(sampled, problems=problems)
 
-    def _sample(self, logits: Tensor, batch: _Batch) -> SampledTokens:
+    def _sample(self, logits: Tensor, batch: Batch) -> SampledTokens:
         rows = batch.rows
         if batch.is_plain:
             token_ids, logprobs = most_likely(logits)
@@ -239,7 +172,7 @@ class Sampler:
             found += _top_logprobs(logprobs, dict.fromkeys(range(len(logprobs)), number))
         return found
 
-    def _look_back(self, scores: Tensor, batch: _Batch) -> None:
+    def _look_back(self, scores: Tensor, batch: Batch) -> None:
         """Bias, watermark and penalties, in place."""
         if batch.bias:
             scores.index_put_((batch.bias.positions, batch.bias.token_ids), batch.bias.values, accumulate=True)
@@ -265,7 +198,7 @@ class Sampler:
             )
             scores[batch.penalties.index] = part
 
-    def _draw(self, scores: Tensor, best: Tensor, token_ids: Tensor, draws: _Draws) -> None:
+    def _draw(self, scores: Tensor, best: Tensor, token_ids: Tensor, draws: Draws) -> None:
         """Temper and cut the sampled rows of `scores`, and draw their `token_ids`, both in place."""
         # With the maximum at 0 no temperature, however small, overflows.
         part = (scores[draws.index] - best[draws.index]).div_(draws.temperature)
@@ -281,7 +214,7 @@ class Sampler:
         noise = self._noise.exponential(step_keys(draws.keys, positions))
         token_ids[draws.index] = processors.argmax(part.exp_().div_(noise))
 
-    def _advance(self, batch: _Batch, token_ids: Tensor, sound: list[bool]) -> None:
+    def _advance(self, batch: Batch, token_ids: Tensor, sound: list[bool]) -> None:
         """Count one more token for each sound row, and remember it where penalties or the watermark need it."""
         if batch.remembered:
             rows = batch.row_index[batch.remembered]
@@ -309,13 +242,13 @@ class Sampler:
                 more = max(length, 2 * capacity) - capacity
                 self._history = torch.nn.functional.pad(self._history, (0, more))
 
-    def _gather(self, rows: list[int]) -> _Batch:
+    def _gather(self, rows: list[int]) -> Batch:
         """Collect the parameters of the rows into tensors."""
         params = [self._params_of(row) for row in rows]
         row_index = np.array(rows, dtype=np.int64)
         penalised = [i for i, p in enumerate(params) if _has_penalty(p)]
         sampled = [i for i, p in enumerate(params) if p.do_sample]
-        return _Batch(
+        return Batch(
             rows=list(rows),
             row_index=row_index,
             watermarked=[i for i, p in enumerate(params) if p.watermark],
@@ -330,10 +263,10 @@ class Sampler:
 
     def _gather_penalties(
         self, positions: list[int], row_index: NDArray[np.int64], params: list[SamplingParams]
-    ) -> _Penalties:
+    ) -> Penalties:
         some = [params[i] for i in positions]
         rows = row_index[positions]
-        return _Penalties(
+        return Penalties(
             index=self._ints(positions),
             rows=rows,
             prompt_lengths=self._index(self._num_prompt[rows]),
@@ -343,29 +276,29 @@ class Sampler:
             count=self._floats([p.count_penalty for p in some]) if any(p.count_penalty for p in some) else None,
         )
 
-    def _gather_bias(self, params: list[SamplingParams]) -> _Bias:
+    def _gather_bias(self, params: list[SamplingParams]) -> Bias:
         entries = [(i, token_id, value) for i, p in enumerate(params) for token_id, value in p.logit_bias.items()]
         positions, token_ids, values = zip(*entries, strict=True)
-        return _Bias(self._ints([*positions]), self._ints([*token_ids]), self._floats([*values]))
+        return Bias(self._ints([*positions]), self._ints([*token_ids]), self._floats([*values]))
 
-    def _gather_draws(self, positions: list[int], row_index: NDArray[np.int64], params: list[SamplingParams]) -> _Draws:
+    def _gather_draws(self, positions: list[int], row_index: NDArray[np.int64], params: list[SamplingParams]) -> Draws:
         some = [params[i] for i in positions]
         vocab_size = self._vocab_size
         top = [i for i, p in enumerate(some) if 0 < p.top_k < vocab_size or p.top_p < 1]
         floor = [i for i, p in enumerate(some) if p.min_p > 0]
         typical = [i for i, p in enumerate(some) if p.typical_p < 1]
-        cuts: list[_Cut] = []
+        cuts: list[Cut] = []
         if top:
             top_k = self._ints([min(some[i].top_k or vocab_size, vocab_size) for i in top])
             top_p = self._floats([some[i].top_p for i in top])
-            cuts.append(_Cut(self._subset(top, some), partial(processors.keep_top, top_k=top_k, top_p=top_p)))
+            cuts.append(Cut(self._subset(top, some), partial(processors.keep_top, top_k=top_k, top_p=top_p)))
         if floor:
             min_p = self._floats([some[i].min_p for i in floor])
-            cuts.append(_Cut(self._subset(floor, some), partial(processors.keep_min_p, min_p=min_p)))
+            cuts.append(Cut(self._subset(floor, some), partial(processors.keep_min_p, min_p=min_p)))
         if typical:
             typical_p = self._floats([some[i].typical_p for i in typical])
-            cuts.append(_Cut(self._subset(typical, some), partial(processors.keep_typical, typical_p=typical_p)))
-        return _Draws(
+            cuts.append(Cut(self._subset(typical, some), partial(processors.keep_typical, typical_p=typical_p)))
+        return Draws(
             index=self._ints(positions),
             rows=row_index[positions],
             keys=seed_keys([p.seed for p in some]),
