@@ -241,8 +241,7 @@ def _keeps_small_numbers(quantization: QuantConfig | OnTheFly, dtype: str) -> bo
         return False
     if isinstance(quantization, OnTheFly):
         return quantization.kind in ("int8", "int4")
-    is_grouped = quantization.method in ("gptq", "awq", "compressed-tensors") and quantization.bits == 4
-    return is_grouped and (quantization.group_size == -1 or quantization.group_size % 32 == 0)
+    return quantization.method in ("gptq", "awq", "compressed-tensors") and quantization.bits == 4
 
 
 def _summary(
