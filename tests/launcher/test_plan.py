@@ -140,7 +140,6 @@ def test_a_quantisation_that_the_checkpoint_does_not_have_is_refused(config: Mod
 
 ENDS = 2 * 2 * LLAMA.vocab_size * LLAMA.hidden_size
 ACT8 = replace(LLAMA, quantization={"quant_method": "gptq", "bits": 8, "group_size": 128})
-ODD = replace(LLAMA, quantization={"quant_method": "gptq", "bits": 4, "group_size": 20})
 
 
 @pytest.mark.parametrize(
@@ -154,7 +153,6 @@ ODD = replace(LLAMA, quantization={"quant_method": "gptq", "bits": 4, "group_siz
         (LLAMA, EngineConfig(quantize="bitsandbytes-nf4"), GIB, GIB),
         (GPTQ, EngineConfig(), GIB, GIB * 5 // 4),
         (GPTQ, EngineConfig(dtype="float32"), GIB, 8 * GIB),
-        (ODD, EngineConfig(), GIB, 4 * GIB),
         (ACT8, EngineConfig(), GIB, 2 * GIB),
     ],
 )
