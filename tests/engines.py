@@ -36,6 +36,7 @@ class EngineBench:
         *,
         dtype: str = "float32",
         quantize: str | None = None,
+        by_transformers: bool = False,
         group: ParallelGroup | None = None,
     ):
         self._folder = model_folder
@@ -46,6 +47,7 @@ class EngineBench:
             device=torch.device("cpu"),
             group=group or ParallelGroup.single(),
             quantize=quantize,
+            by_transformers=by_transformers,
         )
         self.specs = {name: checked_spec(name, folder, model_folder) for name, folder in adapters.items()}
         self.start()

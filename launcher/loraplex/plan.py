@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from loraplex.flags import Settings
 from loraplex.launch_error import LaunchError
+from loraplex_models.architectures import ARCHITECTURES, refusal
 from loraplex_models.config import ModelConfig
 from loraplex_models.cuts import CutError, RankPart
-from loraplex_models.registry import ARCHITECTURES
 from loraplex_quant.config import OnTheFly, QuantConfig, QuantConfigError, check_flag, settle_quantization
 from loraplex_server.config import DTYPES, FAIRNESS_KEY_PATTERN, EngineConfig, LaunchConfig, ServeConfig
 from loraplex_server.machine import Machine
@@ -101,15 +101,14 @@ def make_plan(
     Raises LaunchError.
     """
     engine = settings.serve.engine
-    if facts.config.architecture not in ARCHITECTURES:
-        raise LaunchError(
-            f"model '{facts.model_id}' has the architecture {facts.config.architecture}, which is not served; "
-            f"served are {', '.join(ARCHITECTURES)}"
-        )
+    if facts.config.architecture not in ARCHITECTURES and engine.modeling == "auto":
+        raise LaunchError(f"model '{facts.model_id}': {refusal(facts.config.architecture)}")
     quantization = _quantization(engine.quantize, facts)
     device = "cpu" if engine.device == "auto" else engine.device
     num_ranks = _num_ranks(settings.launch, device, num_gpus)
     num_local_ranks = num_ranks // settings.launch.nnodes
+    if engine.modeling == "transformers" and (num_ranks > 1 or device != "cpu" or engine.rope_scaling):
+        raise LaunchError("--modeling transformers is served on one rank, on a CPU and without --rope-scaling only")
     _check_cut(facts, num_ranks)
     dtype = _dtype(engine.dtype, facts, quantization, device)
     _check_memory(facts, dtype, quantization, machine)

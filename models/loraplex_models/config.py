@@ -1,9 +1,13 @@
 """`ModelConfig`: one frozen, named form of any config.json. Nothing else reads a model's raw config."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from loraplex_models.adapters.refusal import ManifestError
+from loraplex_models.architectures import ARCHITECTURES
+from loraplex_models.checkpoint_linears import LinearShape, read_linears
 
 
 class ModelConfigError(ValueError):
@@ -81,6 +85,8 @@ class ModelConfig:
     logit_scale: float | None = None
     logit_cap: float | None = None
     experts: ExpertsConfig | None = None
+    # Of a family that is not ours: the linears that the checkpoint's layers have, in place of the usual ones.
+    linears: tuple[LinearShape, ...] | None = None
 
 
 DEFAULT_EPS = 1e-6
@@ -301,9 +307,10 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any] | None = None) 
     hidden_size = int(_required(raw, "hidden_size"))
     end_token_ids = _token_ids((generation or {}).get("eos_token_id")) or _token_ids(raw.get("eos_token_id"))
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    if raw.get("use_qk_norm"):
+    is_ours = architecture in ARCHITECTURES
+    if is_ours and raw.get("use_qk_norm"):
         raise ModelConfigError("use_qk_norm: Cohere's models with normalised queries and keys are not served")
-    if raw.get("qk_layernorm"):
+    if is_ours and raw.get("qk_layernorm"):
         raise ModelConfigError("qk_layernorm: Phi models with normalised queries and keys are not served")
     if raw.get("scale_attn_by_inverse_layer_idx") or raw.get("scale_attn_weights") is False:
         raise ModelConfigError("GPT-2 models that scale scores by layer, or not at all, are not served")
@@ -365,4 +372,10 @@ def read_config(folder: str | Path) -> ModelConfig:
         if raw.get("quantization_config") is None and (folder / name).exists():
             raw["quantization_config"] = {"quant_method": method} | _read_json(folder / name)
     generation = folder / "generation_config.json"
-    return parse_config(raw, _read_json(generation) if generation.exists() else None)
+    config = parse_config(raw, _read_json(generation) if generation.exists() else None)
+    if config.architecture in ARCHITECTURES:
+        return config
+    try:
+        return replace(config, linears=read_linears(folder) or None)
+    except (ManifestError, OSError) as error:
+        raise ModelConfigError(f"the model's weights cannot be read: {error}") from None

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
+from loraplex_models.architectures import refusal
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
 from loraplex_models.config import ModelConfig, ModelConfigError, RopeConfig, read_config
 from loraplex_models.cuts import CutError, RankPart
 from loraplex_models.decoder import CausalLM
 from loraplex_models.names import served_names
 from loraplex_models.parallel import ParallelGroup
-from loraplex_models.registry import ARCHITECTURES, find_model_class
+from loraplex_models.registry import find_model_class
 from loraplex_quant.config import OnTheFly, QuantConfig, QuantConfigError, settle_quantization
 from loraplex_quant.keep import Keeping
 from loraplex_quant.registry import weight_format
@@ -34,29 +35,35 @@ def load_model(
     rope_scaling: str | None = None,
     rope_factor: float | None = None,
     quantize: str | None = None,
+    by_transformers: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> CausalLM:
     """Build the model of a folder and fill it from the folder's safetensors checkpoint.
 
     Layers are filled and packed one after the other, so that no second copy of the model exists at any time.
     Each rank of `group` reads its own part. `quantize` is what --quantize says: it makes sure of the checkpoint's
-    format, or quantises plain weights on the way. `progress` is told the bytes done and the bytes in all. Raises
-    CheckpointError.
+    format, or quantises plain weights on the way. `by_transformers`: by the code of the package transformers in place
+    of a family of ours. `progress` is told the bytes done and the bytes in all. Raises CheckpointError.
     """
     if dtype not in SERVED_DTYPES:
         raise CheckpointError(f"dtype {dtype} is not served; served are float32, bfloat16 and float16")
     config = _overridden_rope(_served_config(path), rope_scaling, rope_factor)
     model_class = find_model_class(config.architecture)
-    if model_class is None:
-        known = ", ".join(ARCHITECTURES)
-        raise CheckpointError(f"architecture '{config.architecture}' is not served; served are {known}")
+    if model_class is None and not by_transformers:
+        raise CheckpointError(refusal(config.architecture))
     stored, on_the_fly = _quantization(path, config, quantize)
     try:
         part = RankPart(config, group.rank, group.size)
     except CutError as error:
         raise CheckpointError(str(error)) from None
-    model = model_class(part.config, Keeping(dtype, device, on_the_fly), group)
-    reader = model_class.plain_format if stored is None else weight_format(stored)
+    keeping = Keeping(dtype, device, on_the_fly)
+    if by_transformers or model_class is None:
+        if stored is not None or rope_scaling is not None:
+            raise CheckpointError("--modeling transformers takes no quantised checkpoint, and no --rope-scaling")
+        model = _made_by_transformers(path, part.config, keeping, group)
+    else:
+        model = model_class(part.config, keeping, group)
+    reader = model.plain_format if stored is None else weight_format(stored)
     with Checkpoint(path, reader, part, served_names(config.architecture)) as checkpoint, torch.inference_mode():
         for _ in model.load(checkpoint):
             checkpoint.release()
@@ -70,6 +77,17 @@ def load_model(
         if progress is not None:
             progress(checkpoint.total_bytes, checkpoint.total_bytes)
     return model
+
+
+def _made_by_transformers(path: str | Path, config: ModelConfig, keeping: Keeping, group: ParallelGroup) -> CausalLM:
+    try:
+        # A package that not every machine has, and heavy.
+        from loraplex_models.transformers_model import TransformersModel
+    except ImportError as error:
+        raise CheckpointError(
+            f"--modeling transformers needs the package transformers (pip install 'loraplex[transformers]'): {error}"
+        ) from None
+    return TransformersModel(path, config, keeping, group)
 
 
 def _served_config(path: str | Path) -> ModelConfig:

@@ -86,6 +86,12 @@ class EngineConfig:
     quantize: str | None = setting(
         None, "weight format of the checkpoint, found by itself when absent; or what plain weights become while loading"
     )
+    modeling: str = setting(
+        "auto",
+        "whose code runs the model: auto is ours; transformers is that package's, for families that are not ours: "
+        "slower, on a CPU only",
+        choices=("auto", "transformers"),
+    )
     rope_scaling: str | None = setting(None, "RoPE scaling kind", choices=("linear", "dynamic"))
     rope_factor: float | None = setting(None, "RoPE scaling factor")
     block_size: int = setting(16, "tokens in a KV block", minimum=1)

@@ -104,8 +104,21 @@ def test_weights_that_memory_cannot_hold_are_refused_before_they_are_read(
 
 
 def test_an_architecture_that_is_not_served_is_named() -> None:
-    with pytest.raises(LaunchError, match="BloomForCausalLM"):
+    with pytest.raises(LaunchError, match=r"BloomForCausalLM.*served are Llama.*--modeling transformers"):
         plan(facts=replace(FACTS, config=replace(LLAMA, architecture="BloomForCausalLM")))
+
+
+def test_modeling_transformers_takes_any_architecture_on_one_cpu_rank() -> None:
+    engine = EngineConfig(modeling="transformers")
+    facts = replace(FACTS, config=replace(LLAMA, architecture="OlmoForCausalLM"))
+    assert plan(engine, facts).config.engine.modeling == "transformers"
+    for refused in (
+        settings(engine=replace(engine, device="cuda")),
+        settings(engine=replace(engine, rope_scaling="linear", rope_factor=2.0)),
+        settings(LaunchConfig(model_id="m", num_shard=2), engine),
+    ):
+        with pytest.raises(LaunchError, match="--modeling transformers is served on one rank, on a CPU"):
+            make_plan(refused, facts, MACHINE, openmp_set=frozenset())
 
 
 GPTQ = replace(LLAMA, quantization={"quant_method": "gptq", "bits": 4, "group_size": 128})

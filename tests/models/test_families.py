@@ -18,12 +18,12 @@ from truth import Truth
 from loraplex_models.adapters.manifest import ManifestError, check_adapter
 from loraplex_models.adapters.slots import AdapterSlots
 from loraplex_models.adapters.weights import load_adapter_weights
+from loraplex_models.architectures import ARCHITECTURES
 from loraplex_models.config import ModelConfigError, parse_config, read_config
 from loraplex_models.decoder import CausalLM
 from loraplex_models.loader import load_model
 from loraplex_models.names import served_names
 from loraplex_models.parallel import ParallelGroup
-from loraplex_models.registry import ARCHITECTURES
 
 TOLERANCE = 1e-4
 # The adapters are strong, and at single positions one float32 rounding of the embeddings then moves a logit by 5e-5.

@@ -71,6 +71,8 @@ class AdapterManifest:
 
 def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Input and output size of each linear of a layer that an adapter may change."""
+    if config.linears is not None:
+        return {kind: (in_size, out_size) for kind, in_size, out_size in config.linears}
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = {

@@ -30,7 +30,7 @@ LINEAR_ROLES = frozenset(("A", "B", "B bias", "magnitude", "bias"))
 END_ROLES = frozenset(("A", "B", "B bias", "magnitude", "full copy", "rows", "base copy", "bias"))
 SERVED_PATH = re.compile(
     r"(?P<prefix>(?:model\.)?(?:language_model\.)?(?:model\.)?)"
-    r"(?P<module>layers\.(?:0|[1-9]\d{0,5})\.(?P<kind>(?:self_attn|mlp)\.[a-z_]+))"
+    r"(?P<module>layers\.(?:0|[1-9]\d{0,5})\.(?P<kind>(?:self_attn|mlp)\.[a-z0-9_]+))"
 )
 END_PATH = re.compile(r"(?P<prefix>(?:model\.)?(?:language_model\.)?(?:model\.)?)(?P<module>embed_tokens|lm_head)")
 EXPERT_PATH = re.compile(

@@ -158,6 +158,7 @@ def load_base_model(
         rope_scaling=config.rope_scaling,
         rope_factor=config.rope_factor,
         quantize=config.quantize,
+        by_transformers=config.modeling == "transformers",
         progress=progress,
     )
 
