@@ -24,6 +24,8 @@ from loraplex.restarts import Restarts
 
 # The loop looks at clocks and processes this often, also when nobody says anything.
 TICK_S = 0.5
+# How long a rank that ends because others have waits to be blamed: the one with the cause is about to be seen.
+CAUSE_GRACE_S = 1.0
 # How long a child may take to go after it was told to, beyond any time that the plan grants it.
 STOP_GRACE_S = 3.0
 # The same for a child that is busy loading and would not hear.
@@ -157,9 +159,17 @@ class Supervisor:
                     self._console.line(str(line))
 
     def _first_lost(self) -> Child | None:
+        lost = self._most_telling_loss()
+        deadline = time.monotonic() + CAUSE_GRACE_S
+        while lost is not None and lost.has_lost_ranks and time.monotonic() < deadline:
+            self._wait(TICK_S)  # for the rank that it has lost
+            lost = self._most_telling_loss()
+        return lost
+
+    def _most_telling_loss(self) -> Child | None:
+        """A child that has gone; if several went together, the one with a reason of its own."""
         now = time.monotonic()
         lost = [child for child in self._children if child.has_ended or child.is_hung(now)]
-        # The one with a reason of its own, if several went together.
         return min(lost, key=lambda child: (child.has_lost_ranks, child.failure is None), default=None)
 
     def _end_after_loss(self, lost: Child) -> int:

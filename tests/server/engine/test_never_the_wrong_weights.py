@@ -89,7 +89,7 @@ def test_every_answer_of_every_mix_is_that_of_its_adapter_alone(world):
 
 
 def _hash_without_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequence_module, "root_hash", lambda _: root_hash(None))
+    monkeypatch.setattr(sequence_module, "root_hash", lambda *_: root_hash(None))
 
 
 def _next_slots_weights(monkeypatch: pytest.MonkeyPatch) -> None:
