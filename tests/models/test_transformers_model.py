@@ -1,8 +1,10 @@
 """Families that are not ours, through transformers' own code: held against transformers and peft as ours are."""
 
+import copy
 import json
 import random
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import torch
 from engines import EngineBench
 from paged_model import PagedModel
 from tiny_families import Family, make_family_adapter, make_tiny
-from tiny_models import load_peft, make_tiny_llama, unload_peft
+from tiny_models import load_peft, make_peft_adapter, make_tiny_llama, unload_peft
 from transformers import PreTrainedModel
 from truth import Truth
 
+from loraplex_models.adapters.finish import check_against_base
 from loraplex_models.adapters.manifest import check_adapter
 from loraplex_models.adapters.slots import AdapterSlots
 from loraplex_models.adapters.weights import load_adapter_weights
@@ -111,6 +114,40 @@ def test_mixed_batches_of_chunks_and_adapters_equal_transformers_and_peft(case: 
             assert slot < 0 or (truth - base[name]).abs().max() > 0.05, "the adapter changes nothing"
         if slot >= 0:
             unload_peft(model)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"use_dora": True}, {"bias": "all"}, {"lora_bias": True}, {"use_dora": True, "use_rslora": True}],
+    ids=str,
+)
+def test_what_adapters_bring_beside_a_and_b_acts_too(fields: dict[str, Any], tmp_path: Path) -> None:
+    family = OTHERS["GLM-4"]
+    truth = make_tiny(family, tmp_path / "model")
+    targets = ("q_proj", "gate_up_proj") if "bias" in fields else ("q_proj", "gate_up_proj", "embed_tokens", "lm_head")
+    if "lora_bias" in fields:
+        targets = ("q_proj", "gate_up_proj", "lm_head")
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # peft warns of what these adapters are about: embeddings, and biases of their own
+        adapter = make_peft_adapter(tmp_path / "a", copy.deepcopy(truth), target_modules=targets, **fields)
+    served = load(tmp_path / "model")
+    manifest = check_adapter(adapter, read_config(tmp_path / "model"), max_rank=8)
+    slots = AdapterSlots(served, 1)
+    slots.set(0, check_against_base(load_adapter_weights(adapter, manifest, dtype=torch.float32), served))
+    paged, tokens = PagedModel(served, slots=slots), random_tokens(23)
+    for name, slot in (("base", -1), ("adapted", 0)):
+        paged.add(name, tokens, slot)
+    for count in (9, 1, 13):
+        paged.step({"base": count, "adapted": count})
+    base = true_logits(truth, tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = true_logits(load_peft(adapter, truth), tokens)
+    assert (paged.logits("base") - base).abs().max() < TOLERANCE
+    assert (paged.logits("adapted") - adapted).abs().max() < TOLERANCE
+    assert (adapted - base).abs().max() > 0.05
 
 
 def test_weights_are_counted(case: Case) -> None:
