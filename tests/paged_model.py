@@ -10,6 +10,18 @@ from loraplex_models.decoder import CausalLM
 from loraplex_models.forward import AttentionBatch, ForwardBatch
 
 
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    """Tokens of the tiny models' vocabulary."""
+    return torch.randint(0, 512, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.inference_mode()
+def true_logits(model: torch.nn.Module, tokens: list[int]) -> Tensor:
+    """What a transformers model, or a peft model around one, gives for each token; [tokens, vocab]."""
+    logits: Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits
+
+
 class PagedModel:
     """Sequences of given tokens, computed in the steps that a test asks for; blocks come in random order."""
 
@@ -91,3 +103,18 @@ class PagedModel:
             logits = self.model.forward(batch, self.cache)
         for i, name in enumerate(names):
             self._logits[name].append(logits[starts[i] : starts[i + 1]])
+
+    def run_mixed(self, num_slots: int, seed: int = 3) -> tuple[dict[str, list[int]], dict[str, int]]:
+        """Run sequences of the base and of all slots to their ends, in chunks and companies that are drawn.
+
+        Returns each one's tokens, and its slot.
+        """
+        draw = random.Random(seed)
+        tokens = {f"s{i}": random_tokens(length, seed=i) for i, length in enumerate((33, 1, 60, 18, 41, 25))}
+        slots = {name: i % (num_slots + 1) - 1 for i, name in enumerate(tokens)}
+        for name in tokens:
+            self.add(name, tokens[name], slots[name])
+        while waiting := [name for name in tokens if self.remaining(name)]:
+            chosen = draw.sample(waiting, draw.randint(1, len(waiting)))
+            self.step({name: min(draw.choice((1, 1, 2, 7, 30)), self.remaining(name)) for name in chosen})
+        return tokens, slots

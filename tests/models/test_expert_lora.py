@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engines import EngineBench
-from paged_model import PagedModel
+from paged_model import PagedModel, random_tokens, true_logits
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, make_tiny
@@ -91,16 +91,6 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 FORMS = ("parameters", "gate-up", "down", "modules", "older")
-
-
-def random_tokens(count: int, seed: int) -> list[int]:
-    return torch.randint(0, 512, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-@torch.inference_mode()
-def true_logits(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
-    logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
-    return logits
 
 
 def test_mixed_batches_equal_peft(world: tuple[PreTrainedModel, Path]) -> None:

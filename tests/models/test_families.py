@@ -1,6 +1,5 @@
 """Every served family against transformers and peft on a tiny random checkpoint; the run prints the table of errors."""
 
-import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engines import EngineBench
-from paged_model import PagedModel
+from paged_model import PagedModel, random_tokens, true_logits
 from tiny_families import FAMILIES, Family, make_family_adapter, make_tiny
 from tiny_models import load_peft, make_peft_adapter, unload_peft
 from transformers import PreTrainedModel
@@ -69,16 +68,6 @@ def row_of(request: pytest.FixtureRequest, table: dict[str, dict[str, float]]) -
     return table.setdefault(request.node.callspec.params["case"], {})
 
 
-def random_tokens(count: int, seed: int = 0) -> list[int]:
-    return torch.randint(0, 512, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-@torch.inference_mode()
-def true_logits(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
-    logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
-    return logits
-
-
 def filled_slots(case: Case) -> AdapterSlots:
     slots = AdapterSlots(case.ours, len(case.adapters))
     for slot, folder in enumerate(case.adapters):
@@ -111,14 +100,7 @@ def test_mixed_batches_of_chunks_and_adapters_equal_transformers_and_peft(
     case: Case, request: pytest.FixtureRequest, table: dict[str, dict[str, float]]
 ) -> None:
     paged = PagedModel(case.ours, num_blocks=512, slots=filled_slots(case))
-    draw = random.Random(3)
-    tokens = {f"s{i}": random_tokens(length, seed=i) for i, length in enumerate((33, 1, 60, 18, 41, 25))}
-    slots = {name: i % 3 - 1 for i, name in enumerate(tokens)}
-    for name in tokens:
-        paged.add(name, tokens[name], slots[name])
-    while waiting := [name for name in tokens if paged.remaining(name)]:
-        chosen = draw.sample(waiting, draw.randint(1, len(waiting)))
-        paged.step({name: min(draw.choice((1, 1, 2, 7, 30)), paged.remaining(name)) for name in chosen})
+    tokens, slots = paged.run_mixed(num_slots=2)
     for slot in (-1, 0, 1):
         model = case.truth if slot < 0 else load_peft(case.adapters[slot], case.truth)
         errors = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from paged_model import PagedModel
+from paged_model import PagedModel, random_tokens, true_logits
 from tiny_models import make_tiny_llama
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -45,16 +45,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
     return load_model(folder, dtype=dtype, device=torch.device("cpu"), group=ParallelGroup.single())
-
-
-def random_tokens(count: int, seed: int = 0) -> list[int]:
-    return torch.randint(0, 512, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def true_logits(model: Any, tokens: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
-    return logits
 
 
 def assert_close(ours: torch.Tensor, truth: torch.Tensor, tolerance: float = 1e-4) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import random
 import sys
 import warnings
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engines import EngineBench
-from paged_model import PagedModel
+from paged_model import PagedModel, random_tokens, true_logits
 from tiny_families import Family, make_family_adapter, make_tiny
 from tiny_models import load_peft, make_peft_adapter, make_tiny_llama, unload_peft
 from transformers import PreTrainedModel
@@ -74,16 +73,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(family, truth, folder / "model", adapters, load(folder / "model"))
 
 
-def random_tokens(count: int, seed: int = 0) -> list[int]:
-    return torch.randint(0, 512, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-@torch.inference_mode()
-def true_logits(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
-    logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
-    return logits
-
-
 def filled_slots(case: Case) -> AdapterSlots:
     slots = AdapterSlots(case.served, len(case.adapters))
     for slot, folder in enumerate(case.adapters):
@@ -96,14 +85,7 @@ def filled_slots(case: Case) -> AdapterSlots:
 
 def test_mixed_batches_of_chunks_and_adapters_equal_transformers_and_peft(case: Case) -> None:
     paged = PagedModel(case.served, num_blocks=512, slots=filled_slots(case))
-    draw = random.Random(3)
-    tokens = {f"s{i}": random_tokens(length, seed=i) for i, length in enumerate((33, 1, 60, 18, 41, 25))}
-    slots = {name: i % 3 - 1 for i, name in enumerate(tokens)}
-    for name in tokens:
-        paged.add(name, tokens[name], slots[name])
-    while waiting := [name for name in tokens if paged.remaining(name)]:
-        chosen = draw.sample(waiting, draw.randint(1, len(waiting)))
-        paged.step({name: min(draw.choice((1, 1, 2, 7, 30)), paged.remaining(name)) for name in chosen})
+    tokens, slots = paged.run_mixed(num_slots=2)
     base = {name: true_logits(case.truth, tokens[name]) for name in tokens}
     for slot in (-1, 0, 1):
         model = case.truth if slot < 0 else load_peft(case.adapters[slot], case.truth)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from paged_model import PagedModel
+from paged_model import PagedModel, true_logits
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from tiny_families import FAMILIES, make_tiny
 from tiny_models import load_peft, make_peft_adapter, make_tiny_llama, peft_warnings_ignored
@@ -165,12 +165,6 @@ def table(request: pytest.FixtureRequest) -> Iterator[dict[str, tuple[float, flo
         for name in FEATURES:
             if name in rows:
                 print(f"{name:40}  {rows[name][0]:.0e}  {rows[name][1]:.1f}")
-
-
-def true_logits(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
-    return logits
 
 
 def peft_logits(folder: Path, truth: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from paged_model import PagedModel
+from paged_model import PagedModel, random_tokens
 from tiny_models import load_peft, make_peft_adapter, make_tiny_llama
 
 from loraplex_models.adapters.manifest import check_adapter
@@ -59,11 +59,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         return logits
 
     return World(model, weights, true_logits)
-
-
-def random_tokens(count: int, seed: int) -> list[int]:
-    tokens: list[int] = torch.randint(0, 512, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return tokens
 
 
 def filled_slots(world: World) -> tuple[AdapterSlots, dict[str, int]]:
