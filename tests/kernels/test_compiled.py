@@ -1,10 +1,13 @@
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from loraplex_kernels.cpu import compiled
 from loraplex_kernels.cpu.compiled import exp, floats, halves, jit, load, store
 
 SCRIPT = """
@@ -55,3 +58,11 @@ def test_exp_is_within_two_units_in_the_last_place(low: float, high: float) -> N
     _copy_exp(numbers.data_ptr(), len(numbers), ours.data_ptr())
     truth = numbers.double().exp()
     assert float(((ours.double() - truth) / truth).abs().max()) <= 2 * 2**-23
+
+
+def test_kept_code_belongs_to_all_sources_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "cpu"
+    shutil.copytree(Path(compiled.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "emit.py").write_text((folder / "emit.py").read_text() + "# another line\n")
+    assert compiled.sources_digest(folder) != compiled.sources_digest(Path(compiled.__file__).parent)
+    assert compiled.sources_digest(Path(compiled.__file__).parent) in _copy_exp._cache.cache_path

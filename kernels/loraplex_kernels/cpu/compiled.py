@@ -3,10 +3,15 @@
 At a few rows a decode step is hundreds of calls on small tensors, so a kernel takes addresses and sizes as plain
 integers: that costs 0.3 us a call, where each array would cost one more. numba knows no bfloat16: such a number is its
 16 bits, the upper half of a float32. Sums are taken in float32. Compiled code is kept on disk, beside the source or in
-the user's cache, so that only the first start pays for compiling.
+the user's cache, so that only the first start pays for compiling; in a folder named after all of these sources, since
+numba looks at the one file that a function stands in, and not at those whose code it has taken in.
 """
 
+import hashlib
+from pathlib import Path
+
 import numba
+import numba.core.caching
 import numpy as np
 import torch
 from numba import types
@@ -29,8 +34,43 @@ def _can_keep_code():
 
 CAN_KEEP_CODE = _can_keep_code()
 
-jit = numba.njit(nogil=True, cache=CAN_KEEP_CODE, fastmath=FAST_MATH, error_model="numpy")
-inline = numba.njit(nogil=True, cache=CAN_KEEP_CODE, fastmath=FAST_MATH, error_model="numpy", inline="always")
+
+def _code_folder():
+    """Where numba itself would keep the code of this file."""
+    return Path(numba.core.caching.CompileResultCacheImpl(_can_keep_code).locator.get_cache_path())
+
+
+def sources_digest(folder):
+    """A name for the sources in a folder as they are."""
+    hasher = hashlib.sha256()
+    for source in sorted(folder.glob("*.py")):
+        hasher.update(source.read_bytes())
+    return hasher.hexdigest()[:16]
+
+
+_SOURCES = sources_digest(Path(__file__).parent)
+
+
+def kept(decorate, function):
+    """What numba's `decorate` makes of a function, its code kept for these sources and no others."""
+    before = numba.config.CACHE_DIR
+    if CAN_KEEP_CODE and not before:
+        numba.config.CACHE_DIR = str(_code_folder() / _SOURCES)
+    try:
+        return decorate(function)
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+def jit(function):
+    """Compile a function at its first call for each kind of arguments."""
+    return kept(numba.njit(nogil=True, cache=CAN_KEEP_CODE, fastmath=FAST_MATH, error_model="numpy"), function)
+
+
+def inline(function):
+    """The same for one that becomes part of those that call it."""
+    options = {"nogil": True, "fastmath": FAST_MATH, "error_model": "numpy", "inline": "always"}
+    return kept(numba.njit(cache=CAN_KEEP_CODE, **options), function)
 
 
 def is_compiled(dtype: torch.dtype) -> bool:

@@ -26,7 +26,7 @@ from loraplex_kernels.cpu.atomics import (
     write,
     yield_core,
 )
-from loraplex_kernels.cpu.compiled import CAN_KEEP_CODE, FAST_MATH, jit, longs
+from loraplex_kernels.cpu.compiled import CAN_KEEP_CODE, FAST_MATH, jit, kept, longs
 
 # The shared words, in bytes from the first, each on a cache line of its own.
 _TICKET = 0  # which piece (upper 32 bits) and how many of its chunks nobody has taken (lower 32 bits)
@@ -54,9 +54,8 @@ class ChunkFunction:
     @functools.cached_property
     def address(self) -> int:
         """Where the compiled code lies."""
-        compiled = numba.cfunc("void(int64, int64)", cache=CAN_KEEP_CODE, fastmath=FAST_MATH, error_model="numpy")(
-            self._function
-        )
+        options = {"cache": CAN_KEEP_CODE, "fastmath": FAST_MATH, "error_model": "numpy"}
+        compiled = kept(numba.cfunc("void(int64, int64)", **options), self._function)
         self._kept = compiled  # or its code would go
         return int(compiled.address or 0)
 
