@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
+from loraplex_server.adapter_contents import AdapterMessage
 from loraplex_server.errors import GenerationFailed, LoraplexError
 from loraplex_server.messages import (
     AbortRequest,
@@ -14,12 +15,9 @@ from loraplex_server.messages import (
     EngineStats,
     FromEngine,
     GenerateRequest,
-    KeepAdapter,
-    LoadAdapter,
     StepOutput,
     ToEngine,
     TokenOutput,
-    UnloadAdapter,
 )
 
 logger = logging.getLogger("loraplex.api")
@@ -76,6 +74,7 @@ class EngineClient:
         self._outbox: asyncio.Queue[ToEngine] = asyncio.Queue()
         self._replies: dict[str, _Reply] = {}
         self._lost: LoraplexError | None = None
+        self._greeting: Callable[[], list[AdapterMessage]] | None = None  # for the engine that takes a lost one's place
         self._ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
@@ -88,9 +87,13 @@ class EngineClient:
         """Wait until the engine can serve."""
         return await asyncio.shield(self._ready)
 
-    def tell(self, message: LoadAdapter | KeepAdapter | UnloadAdapter) -> None:
-        """Tell the engine something that has no answer; it learns of it before any request that is submitted later."""
-        self._outbox.put_nowait(message)
+    def tell(self, message: AdapterMessage) -> None:
+        """Tell the engine something that has no answer; it learns of it before any request that is submitted later.
+
+        While an engine is lost nobody is told: the next one's greeting says it all.
+        """
+        if self._lost is None:
+            self._outbox.put_nowait(message)
 
     async def submit(self, request: GenerateRequest) -> AsyncGenerator[list[TokenOutput], None]:
         """Send a request and yield its outputs, all that wait at a time, up to the finish reason.
@@ -126,9 +129,14 @@ class EngineClient:
             reply.error = error
             reply.wake()
 
-    def engine_lost(self, error: LoraplexError) -> None:
-        """The engine is gone and another will take its place: until that is ready, every request ends with `error`."""
+    def engine_lost(self, error: LoraplexError, greeting: Callable[[], list[AdapterMessage]]) -> None:
+        """The engine is gone and another will take its place: until that is ready, every request ends with `error`.
+
+        `greeting` is asked when the other one is ready, for what it must know before the first request. Not earlier:
+        the pipe to the lost engine may still take messages, which then nobody reads.
+        """
         self.fail_all(error)
+        self._greeting = greeting
         while not self._outbox.empty():
             self._outbox.get_nowait()
         self._link.engine_lost()
@@ -158,13 +166,21 @@ class EngineClient:
                     if stats is not None:
                         self._on_stats(stats)
                 case EngineReady() as ready:
-                    if not self._ready.done():
-                        self._lost = None
-                        self._ready.set_result(ready)
+                    self._engine_ready(ready)
                 case AdapterStatus() as status:
                     if status.error is not None:
                         logger.warning("adapter %r could not be loaded: %s", status.adapter_id, status.error)
                     self._on_adapter(status)
+
+    def _engine_ready(self, ready: EngineReady) -> None:
+        if self._ready.done():
+            return
+        self._lost = None
+        if self._greeting is not None:
+            for message in self._greeting():
+                self.tell(message)
+            self._greeting = None
+        self._ready.set_result(ready)
 
     def _deliver(self, output: TokenOutput) -> None:
         reply = self._replies.get(output.request_id)

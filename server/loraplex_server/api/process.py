@@ -214,9 +214,9 @@ class _ApiProcess:
 
     def _engine_restarts(self) -> None:
         """The engine is gone: its requests end with an error, and others wait for the next one."""
-        self._client.engine_lost(GenerationFailed("Server error: the engine was lost and is started again"))
-        for message in self._adapters.meet_new_engine():
-            self._client.tell(message)
+        self._client.engine_lost(
+            GenerationFailed("Server error: the engine was lost and is started again"), self._adapters.meet_new_engine
+        )
         self._metrics.engine_lost()
         self._state.engine_lost()
         self._starting.cancel()
