@@ -19,9 +19,9 @@ from loraplex_quant.grouped import GroupedWeight
 from loraplex_quant.keep import Keeping
 from loraplex_quant.method import LinearWeight
 from loraplex_server.config import AdapterConfig, EngineConfig
+from loraplex_server.engine.device_sampler import make_sampler
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.executor import LocalExecutor
-from loraplex_server.engine.sampler import Sampler
 from loraplex_server.engine.worker import Worker
 from loraplex_server.messages import AdapterSpec, GenerateRequest, SamplingParams
 
@@ -197,7 +197,9 @@ def make_world(
         ),
     )  # fmt: skip
     num_kv_blocks = max_batch_size * -(-max_total_tokens // config.block_size) + 8
-    sampler = Sampler(max_batch_size, model.config.vocab_size, model.device, watermark_gamma=0.5, watermark_delta=2.0)
+    sampler = make_sampler(
+        max_batch_size, model.config.vocab_size, model.device, watermark_gamma=0.5, watermark_delta=2.0
+    )
     worker = Worker(
         model, num_kv_blocks=num_kv_blocks, block_size=config.block_size, max_batch_size=max_batch_size,
         max_total_tokens=max_total_tokens, num_slots=num_slots, max_lora_rank=max_rank, sampler=sampler,

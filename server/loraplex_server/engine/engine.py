@@ -11,11 +11,12 @@ from loraplex_server.engine.block_manager import BlockManager
 from loraplex_server.engine.executor import Executor
 from loraplex_server.engine.guided import GrammarLibrary
 from loraplex_server.engine.memory import settle_adapter_budgets
+from loraplex_server.engine.row_results import RowResult
 from loraplex_server.engine.scheduler import Progress, Scheduler
 from loraplex_server.engine.sequence import Sequence, new_sequence
 from loraplex_server.engine.stats import StatsCollector
 from loraplex_server.engine.step import StepPlan
-from loraplex_server.engine.worker import RowResult, StepResult
+from loraplex_server.engine.worker import StepResult
 from loraplex_server.messages import AdapterSpec, GenerateRequest, StepOutput, TokenOutput
 
 # Gauges need not be newer than this; a report costs some microseconds a sequence.

@@ -24,13 +24,13 @@ from loraplex_models.parallel import ParallelGroup, RanksLost
 from loraplex_server.config import EngineConfig, ServeConfig
 from loraplex_server.control import ControlLine
 from loraplex_server.engine.adapters.manager import AdapterManager
+from loraplex_server.engine.device_sampler import make_sampler
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.executor import LocalExecutor
 from loraplex_server.engine.forward_pass import free_kv_bytes
 from loraplex_server.engine.guided import GrammarLibrary, GuidedRows
 from loraplex_server.engine.heartbeat import Heartbeat
 from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_group_limits
-from loraplex_server.engine.sampler import Sampler
 from loraplex_server.engine.shards import GroupExecutor, follow
 from loraplex_server.engine.worker import Worker
 from loraplex_server.link import EngineLink
@@ -95,7 +95,7 @@ def build_worker(
         weights = cut_adapter(weights, part)
         return check_against_base(weights, model)
 
-    sampler = Sampler(
+    sampler = make_sampler(
         config.max_batch_size,
         model.config.vocab_size,
         model.device,

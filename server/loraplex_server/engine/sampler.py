@@ -1,6 +1,6 @@
 """Logits to tokens: one pass over the whole batch, whatever each row's parameters are."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,31 +12,21 @@ from loraplex_kernels.choice import most_likely
 from loraplex_server.engine import logits as processors
 from loraplex_server.engine.guided import GuidedRows
 from loraplex_server.engine.noise import TokenNoise, seed_keys, step_keys
+from loraplex_server.engine.sampled_tokens import (
+    NO_TOKEN,
+    PendingPrompt,
+    PendingTokens,
+    PromptLogprobs,
+    ReadyPrompt,
+    ReadyTokens,
+    SampledTokens,
+)
 from loraplex_server.engine.sampling_batch import Batch, Bias, Cut, Draws, Penalties
 from loraplex_server.engine.token_bans import TokenBans, has_bans
 from loraplex_server.messages import SamplingParams, TopLogprob
 
-NO_TOKEN = -1
-"""Stands in place of a token id where a row's logits gave none (a NaN, +inf, or nothing but -inf)."""
-
 _LOWEST_TEMPERATURE = 1e-30  # a smaller one may be 0 in float32; at this one only ties with the best are left
 _PROMPT_LOGPROB_ROWS = 64  # at a time: 49,152 float32 scores of a row take 192 KiB
-
-
-@dataclass(frozen=True, slots=True)
-class SampledTokens:
-    """What one step drew, one entry a sampled row.
-
-    Log-probabilities are those of the processed scores, after penalties and cuts. `top_logprobs` holds exactly as
-    many tokens as were asked for, ties by the lower id, fewer only where the cuts left fewer; empty when not asked.
-    A row whose logits were broken has the token id NO_TOKEN and log-probability 0, and keeps its state; so has a row
-    whose grammar cannot go on, and `problems` says why, by row.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    top_logprobs: list[list[TopLogprob]]
-    problems: dict[int, str] = field(default_factory=dict)
 
 
 class Sampler:
@@ -96,6 +86,16 @@ class Sampler:
             self._bans.stop(row)
         self._params[row] = None
         self._batch = None
+
+    def launch(self, logits: Tensor, rows: list[int], lines: list[int] | None = None) -> PendingTokens:
+        """As `TokenSampler.launch`; all is done when it returns."""
+        chosen = logits if lines is None or len(lines) == len(logits) else logits[lines]
+        return ReadyTokens(self.sample(chosen, rows))
+
+    def launch_prompt(self, logits: Tensor, token_ids: list[int], row: int) -> PendingPrompt:
+        """As `TokenSampler.launch_prompt`; all is done when it returns."""
+        found = PromptLogprobs(self.prompt_logprobs(logits, token_ids), self.prompt_top_logprobs(logits, row))
+        return ReadyPrompt(found)
 
     def sample(self, logits: Tensor, rows: list[int]) -> SampledTokens:
         """Choose a token for each row and remember it.

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -12,24 +12,9 @@ from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.decoder import CausalLM
 from loraplex_server.engine.adapters.host_cache import HostCache
 from loraplex_server.engine.forward_pass import ForwardPass
-from loraplex_server.engine.sampler import Sampler
+from loraplex_server.engine.row_results import RowResult, launch_choice
+from loraplex_server.engine.sampled_tokens import TokenSampler
 from loraplex_server.engine.step import AdapterOp, StepPlan
-from loraplex_server.messages import TopLogprob
-
-
-@dataclass(frozen=True, slots=True)
-class RowResult:
-    """What one row of a step gave. `target_logprobs` belong to the plan's target_ids.
-
-    A token_id of -1: there was no finite score to choose by; `problem` says why, where it is known.
-    """
-
-    token_id: int | None = None
-    logprob: float = 0.0
-    top_logprobs: list[TopLogprob] = field(default_factory=list)
-    target_logprobs: list[float] = field(default_factory=list)
-    target_top_logprobs: list[list[TopLogprob]] = field(default_factory=list)
-    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +43,7 @@ class Worker:
         num_slots: int,
         max_lora_rank: int,
         read_adapter: Callable[[str | MergeRecipe], AdapterWeights],
-        sampler: Sampler,
+        sampler: TokenSampler,
         samples: bool = True,
     ):
         self._samples = samples
@@ -92,7 +77,7 @@ class Worker:
         began = time.perf_counter()
         logits = self._pass.run(plan)
         computed = time.perf_counter()
-        rows = self._choose(plan, logits) if self._samples else {}
+        rows = launch_choice(self._sampler, plan, logits).read() if self._samples else {}
         return StepResult(rows, computed - began, time.perf_counter() - computed)
 
     def _apply(self, operation: AdapterOp) -> None:
@@ -113,35 +98,3 @@ class Worker:
             self._sampler.remove(row)
         for start in plan.row_starts:
             self._sampler.add(start.row, start.sampling, start.token_ids, start.num_output_tokens)
-
-    def _choose(self, plan: StepPlan, logits: torch.Tensor) -> dict[int, RowResult]:
-        """Tokens for the rows that sample and log-probabilities for those with targets; logits: [S, vocab]."""
-        sampling_rows: list[int] = []
-        sampling_lines: list[int] = []
-        targets: dict[int, list[float]] = {}
-        target_tops: dict[int, list[list[TopLogprob]]] = {}
-        line = 0
-        for sequence in plan.sequences:
-            count = len(sequence.token_ids) if sequence.target_ids else int(sequence.samples)
-            if sequence.target_ids:
-                wanted = logits[line : line + len(sequence.target_ids)]
-                targets[sequence.row] = self._sampler.prompt_logprobs(wanted, sequence.target_ids)
-                target_tops[sequence.row] = self._sampler.prompt_top_logprobs(wanted, sequence.row)
-            line += count
-            if sequence.samples:
-                sampling_rows.append(sequence.row)
-                sampling_lines.append(line - 1)
-        results = {
-            row: RowResult(target_logprobs=values, target_top_logprobs=target_tops[row])
-            for row, values in targets.items()
-        }
-        if sampling_rows:
-            chosen = logits if len(sampling_lines) == len(logits) else logits[sampling_lines]
-            sampled = self._sampler.sample(chosen, sampling_rows)
-            for row, token_id, logprob, top in zip(
-                sampling_rows, sampled.token_ids, sampled.logprobs, sampled.top_logprobs, strict=True
-            ):
-                results[row] = RowResult(
-                    token_id, logprob, top, targets.get(row, []), target_tops.get(row, []), sampled.problems.get(row)
-                )
-        return results

@@ -9,8 +9,9 @@ from loraplex_server.config import AdapterConfig, EngineConfig
 from loraplex_server.engine import engine as engine_module
 from loraplex_server.engine.adapters.host_cache import FinishedLoad
 from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.row_results import RowResult
 from loraplex_server.engine.step import StepPlan
-from loraplex_server.engine.worker import RowResult, StepResult
+from loraplex_server.engine.worker import StepResult
 from loraplex_server.messages import AdapterSpec, EngineStats, GenerateRequest, SamplingParams, TokenOutput
 
 END = 2

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as reference
 
-from loraplex_server.engine.sampler import NO_TOKEN, Sampler
+from loraplex_server.engine.sampled_tokens import NO_TOKEN
+from loraplex_server.engine.sampler import Sampler
 from loraplex_server.messages import SamplingParams
 
 CPU = torch.device("cpu")
