@@ -59,10 +59,13 @@ class AdapterChanges:
                 spec = await self._bring(name, location, token)
             return self._enter(name, AdapterVersion(version or "", location, spec), activate=activate)
 
-    async def enter_upload(self, name: str, spec: AdapterSpec, *, version: str | None, activate: bool) -> AdapterEntry:
-        """Make checked files known under a name, as a further version or in the place of the ones it has."""
+    async def enter(self, name: str, new: AdapterVersion, *, activate: bool) -> AdapterEntry:
+        """Make a checked content known under a name, as a further version or in the place of the ones it has.
+
+        A version without a name takes the place of those that get requests, as in `register`.
+        """
         async with self._alone(name):
-            return self._enter(name, AdapterVersion(version or "", None, spec), activate=activate)
+            return self._enter(name, new, activate=activate)
 
     async def unregister(self, name: str) -> None:
         """Forget a name; what was admitted ends as it began. Raises AdapterNotFound."""

@@ -77,9 +77,10 @@ class AdapterContents:
         """How many names and requests need this content."""
         return self._num_uses.get(digest, 0)
 
-    def specs(self) -> list[AdapterSpec]:
-        """Every content that the engine must know now."""
-        return [*self._specs.values()]
+    def reads_from(self, folder: str) -> bool:
+        """Whether files in a folder of this name belong to a content that is needed."""
+        others = (spec for places in self._other_places.values() for spec in places.values())
+        return any(spec.path.endswith(folder) for spec in (*self._specs.values(), *others))
 
     def messages_for_new_engine(self) -> list[AdapterMessage]:
         """All that an engine which knows nothing has to be told first, in order."""

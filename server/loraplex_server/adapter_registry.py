@@ -16,6 +16,7 @@ from loraplex_server.adapter_location import AdapterLocation
 from loraplex_server.config import AdapterConfig
 from loraplex_server.errors import AdapterNotFound, InvalidRequest
 from loraplex_server.messages import AdapterSpec
+from loraplex_server.wanted_merge import WantedMerge
 
 MAX_NEAR_NAMES = 5
 # Names are compared with so many others at most: a comparison takes 30 µs, and requests wait meanwhile.
@@ -38,19 +39,30 @@ class UseCount:
 
 @dataclass(slots=True, eq=False)
 class AdapterVersion:
-    """One content under a name. `spec` is there once the files were brought and checked."""
+    """One content under a name. `spec` is there once the files were brought and checked.
+
+    A merge keeps the contents of its parts, `parts`, whatever their names stand for later.
+    """
 
     version: str
-    location: AdapterLocation | None  # None: the files were uploaded, or were checked at the start
+    location: AdapterLocation | None  # None: the files were uploaded or checked at the start, or it is a merge
     spec: AdapterSpec | None = None
+    merge: WantedMerge | None = None
+    parts: tuple[AdapterSpec, ...] = ()
     error: str | None = None  # why the last try to bring its files failed
     uses: UseCount = field(default_factory=UseCount)
+
+    def contents(self) -> list[AdapterSpec]:
+        """All that the engine must know for it."""
+        return [] if self.spec is None else [self.spec, *self.parts]
 
     @property
     def label(self) -> str:
         """Where it comes from, for operators."""
         if self.location is not None:
             return str(self.location)
+        if self.merge is not None:
+            return self.merge.name
         return self.spec.source if self.spec is not None else ""
 
 
@@ -127,8 +139,7 @@ class AdapterRegistry:
 
     def add(self, name: str, version: AdapterVersion) -> AdapterEntry:
         """Make a name known; it must not be."""
-        if version.spec is not None:
-            self._contents.acquire(version.spec)
+        self._acquire(version)
         return self._enter(_new_entry(name, version))
 
     def set_version(self, entry: AdapterEntry, new: AdapterVersion, *, activate: bool) -> None:
@@ -137,14 +148,13 @@ class AdapterRegistry:
         With `activate` every later request gets it. What was admitted before ends on the old weights.
         """
         old = entry.versions.get(new.version)
-        if new.spec is not None:
-            self._contents.acquire(new.spec)
+        self._acquire(new)
         entry.versions[new.version] = new
         if activate:
             entry.split = {new.version: 1.0}
         self._refresh_kept()
-        if old is not None and old.spec is not None:
-            self._contents.release(old.spec)
+        if old is not None:
+            self._release(old)
 
     def split(self, entry: AdapterEntry, shares: dict[str, float]) -> None:
         """Send a name's requests to versions that it has, by shares."""
@@ -185,9 +195,7 @@ class AdapterRegistry:
 
     def remove_version(self, entry: AdapterEntry, version: str) -> None:
         """Forget a version that no split names."""
-        removed = entry.versions.pop(version)
-        if removed.spec is not None:
-            self._contents.release(removed.spec)
+        self._release(entry.versions.pop(version))
 
     def remove(self, name: str) -> None:
         """Forget a name with all versions; what was admitted ends as it began."""
@@ -196,14 +204,21 @@ class AdapterRegistry:
         self._refresh_kept()
         del self._sorted_names[bisect(self._sorted_names, name) - 1]
         for version in entry.versions.values():
-            if version.spec is not None:
-                self._contents.release(version.spec)
+            self._release(version)
 
     # What the server shows
 
     def entries(self) -> list[AdapterEntry]:
         """All names, in the order they came."""
         return [*self._entries.values()]
+
+    def _acquire(self, version: AdapterVersion) -> None:
+        for spec in version.contents():
+            self._contents.acquire(spec)
+
+    def _release(self, version: AdapterVersion) -> None:
+        for spec in version.contents():
+            self._contents.release(spec)
 
     def _enter(self, entry: AdapterEntry) -> AdapterEntry:
         self._entries[entry.name] = entry

@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 
 from loraplex_models.adapter_roots import folder_below
-from loraplex_models.config import ModelConfig
 from loraplex_models.sources import adapter_id_problem, read_adapter_list
 from loraplex_server.adapter_changes import AdapterChanges
 from loraplex_server.adapter_contents import AdapterContents, AdapterMessage
@@ -26,25 +25,19 @@ from loraplex_server.adapter_registry import (
     UseCount,
 )
 from loraplex_server.adapter_store import MIB, AdapterStore
+from loraplex_server.api.adapter_merges import AdapterMerges
+from loraplex_server.api.found_adapter import FoundAdapter
 from loraplex_server.api.job import AdapterAccess
 from loraplex_server.config import AdapterSourceConfig, ServeConfig
 from loraplex_server.errors import InvalidRequest, LoraplexError, Overloaded
 from loraplex_server.messages import AdapterSpec, AdapterStatus
+from loraplex_server.wanted_merge import WantedMerge
 
 # Adapters that were fetched for a request and are remembered; the longest unused one is forgotten for the next.
 MAX_DYNAMIC_ADAPTERS = 10_000
 MAX_UPLOADS = 4
 # How long a fetching thread waits for the event loop, which may be about to end.
 LET_GO_WAIT_S = 5
-
-
-@dataclass(frozen=True, slots=True)
-class FoundAdapter:
-    """What a request is served with. `scope`: who may see it, and share keys and values with it; None is everybody."""
-
-    spec: AdapterSpec
-    scope: str | None
-    uses: UseCount
 
 
 @dataclass(slots=True, eq=False)
@@ -77,6 +70,7 @@ class AdapterFinder:
         self.registry = registry
         self.contents = contents
         self.changes = AdapterChanges(registry, fetcher, base_model_name)
+        self.merges = AdapterMerges(self.held, contents, intake.model_config)
         self._fetcher = fetcher
         self._config = config
         self._intake = intake
@@ -85,10 +79,6 @@ class AdapterFinder:
         self._num_uploads = 0
         self._statuses: dict[str, AdapterStatus] = {}
         self._dynamic: OrderedDict[tuple[AdapterLocation, str | None], DynamicAdapter] = OrderedDict()
-
-    def model_config(self) -> ModelConfig:
-        """The base model's; the first call reads a file."""
-        return self._intake.model_config()
 
     def check_name(self, adapter_id: str, access: AdapterAccess) -> None:
         """Refuse what is not known and could not be fetched either. Raises AdapterNotFound, InvalidRequest."""
@@ -165,7 +155,24 @@ class AdapterFinder:
                 await asyncio.to_thread(self._intake.drop_upload, staging)
         finally:
             self._num_uploads -= 1
-        return await self.changes.enter_upload(name, spec, version=version, activate=activate)
+        return await self.changes.enter(name, AdapterVersion(version or "", None, spec), activate=activate)
+
+    async def register_merge(
+        self, name: str, wanted: WantedMerge, access: AdapterAccess, *, version: str | None, activate: bool
+    ) -> AdapterEntry:
+        """Serve several adapters, as they are now, as one under a name. Raises AdapterError, InvalidRequest."""
+        self.changes.check_name(name, version)
+        for adapter_id in wanted.ids:
+            found = self.registry.find(adapter_id)
+            if found is not None and found[1] is None and len(found[0].split) > 1:
+                raise InvalidRequest(
+                    f"requests for adapter '{adapter_id}' are split between its versions: say which one is meant, as in"
+                    f" {adapter_id}@{next(iter(found[0].split))}"
+                )
+        async with self.merges.made(wanted, access, name) as made:
+            parts = tuple(part.spec for part in made.parts)
+            new = AdapterVersion(version or "", None, made.spec, merge=wanted, parts=parts)
+            return await self.changes.enter(name, new, activate=activate)
 
     def observe(self, status: AdapterStatus) -> None:
         """Take in what the engine says of a content: where it is now, or why it could not be loaded."""
@@ -217,7 +224,7 @@ class AdapterFinder:
             if one.found.spec.path.endswith(store_key) and self.contents.num_uses(one.found.spec.digest) == 1:
                 self._drop(key)
                 break
-        return not any(spec.path.endswith(store_key) for spec in self.contents.specs())
+        return not self.contents.reads_from(store_key)
 
     def close(self) -> None:
         """End what is on its way."""

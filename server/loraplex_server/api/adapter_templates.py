@@ -21,7 +21,9 @@ class AdapterTemplates:
         self._known: OrderedDict[str, ChatTemplate | None] = OrderedDict()
 
     async def template_of(self, spec: AdapterSpec) -> ChatTemplate | None:
-        """The adapter's own template, or None where its folder has none. Raises TemplateFailed."""
+        """The adapter's own template, or None where its folder has none, or it is a merge. Raises TemplateFailed."""
+        if spec.merge is not None:
+            return None
         if spec.digest not in self._known:
             try:
                 self._known[spec.digest] = await asyncio.to_thread(self._load, spec.path)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from loraplex_server.api.adapter_finder import AdapterFinder, FoundAdapter
-from loraplex_server.api.adapter_merges import AdapterMerges
+from loraplex_server.api.adapter_finder import AdapterFinder
+from loraplex_server.api.found_adapter import FoundAdapter
 from loraplex_server.api.job import GenerationJob
 from loraplex_server.config import ApiConfig
 from loraplex_server.errors import InvalidRequest, Overloaded
@@ -61,7 +61,6 @@ class Admission:
         self._limits = limits
         self._tokenizer = tokenizer
         self._finder = finder
-        self._merges = AdapterMerges(finder)
         self._prefill_logprobs = prefill_logprobs
         self._check_guide = check_guide
         self._num_permits_taken = 0
@@ -108,7 +107,7 @@ class Admission:
             return
         self._check_fields(job)  # nothing is fetched for a job that will be refused
         if job.merge is not None:
-            found = self._merges.held(job.merge, job.adapter_access)
+            found = self._finder.merges.held(job.merge, job.adapter_access)
         else:
             found = self._finder.held(job.adapter_id or "", job.adapter_access)
         async with found as adapter:

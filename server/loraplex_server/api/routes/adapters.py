@@ -1,6 +1,7 @@
 """GET, POST, PUT and DELETE of /adapters and /adapters/{name}: what is served, and changes of it."""
 
 import msgspec
+from msgspec import UNSET
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,10 +12,20 @@ from loraplex_server.adapter_store import MIB
 from loraplex_server.api.adapter_finder import AdapterFinder, DynamicAdapter
 from loraplex_server.api.admin import is_admin, require_admin
 from loraplex_server.api.body import read_body
-from loraplex_server.api.schemas.adapters import AdapterInfo, AdapterList, ChangeBody, RegisterBody, VersionInfo
+from loraplex_server.api.job import AdapterAccess
+from loraplex_server.api.schemas.adapters import (
+    AdapterInfo,
+    AdapterList,
+    ChangeBody,
+    MergeInfo,
+    PartInfo,
+    RegisterBody,
+    VersionInfo,
+)
 from loraplex_server.api.state import ApiState
 from loraplex_server.api.upload import is_upload, receive_files
 from loraplex_server.errors import InvalidRequest
+from loraplex_server.wanted_merge import WantedMerge
 
 
 async def list_adapters(request: Request) -> Response:
@@ -86,18 +97,21 @@ async def delete(request: Request) -> Response:
 
 async def _register(request: Request, body: RegisterBody) -> Response:
     finder = _finder(request)
+    body.check()
     await request.app.state.api.serving()
-    location = _location(finder, body)
-    if body.preload is False and body.api_token:
-        raise InvalidRequest("`api_token` is not kept: leave `preload` out, so that the files are brought now")
-    entry = await finder.changes.register(
-        body.name,
-        location,
-        body.api_token,
-        version=body.version,
-        activate=body.activate is not False,
-        brings=body.preload is not False,
-    )
+    is_active = body.activate is not False
+    if body.merged_adapters is not None:
+        wanted, access = body.merged_adapters.wanted(), AdapterAccess(source=body.source, token=body.api_token)
+        entry = await finder.register_merge(body.name, wanted, access, version=body.version, activate=is_active)
+    else:
+        entry = await finder.changes.register(
+            body.name,
+            _location(finder, body),
+            body.api_token,
+            version=body.version,
+            activate=is_active,
+            brings=body.preload is not False,
+        )
     if body.pin is not None:
         finder.registry.pin(entry, body.pin)
     return _json(_named(finder, entry))
@@ -129,7 +143,7 @@ def _switch(query: QueryParams, name: str, *, default: bool) -> bool:
 
 
 def _location(finder: AdapterFinder, body: RegisterBody) -> AdapterLocation:
-    text = f"{body.id}@{body.revision}" if body.revision else body.id
+    text = f"{body.id}@{body.revision}" if body.revision else body.id or ""
     return finder.location_of(text) if body.source is None else trusted(parse_location(parse_source(body.source), text))
 
 
@@ -182,6 +196,19 @@ def _version(finder: AdapterFinder, version: AdapterVersion, share: float) -> Ve
         device_bytes=status.device_bytes if status is not None else 0,
         num_requests=version.uses.num_requests,
         error=version.error,
+        merge=UNSET if version.merge is None else _merge(version.merge, version),
+    )
+
+
+def _merge(merge: WantedMerge, version: AdapterVersion) -> MergeInfo:
+    return MergeInfo(
+        parts=[
+            PartInfo(id=adapter_id, weight=weight, digest=part.digest)
+            for adapter_id, weight, part in zip(merge.ids, merge.weights, version.parts, strict=True)
+        ],
+        merge_strategy=merge.strategy,
+        density=merge.density,
+        majority_sign_method=merge.majority_sign,
     )
 
 

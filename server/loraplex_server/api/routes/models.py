@@ -1,15 +1,17 @@
 """GET /v1/models and /v1/models/{id}: the base model first, then the adapters."""
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex_server.adapter_registry import AdapterEntry
 from loraplex_server.api.state import ApiState
 from loraplex_server.errors import AdapterNotFound
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """A name that can be asked for; an adapter's parent is the base model."""
+    """A name that can be asked for; an adapter's parent is the base model, and a merge has the names of its parts."""
 
     id: str
     object: str = "model"
@@ -18,6 +20,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     root: str
     parent: str | None = None
     max_model_len: int | None = None
+    merged_from: list[str] | UnsetType = UNSET
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,11 +36,21 @@ def models(state: ApiState) -> list[Model]:
     length = state.limits.max_total_tokens if state.limits is not None else None
     adapters = state.adapters
     fetched = (one for one in adapters.dynamic() if one.found.scope is None)
-    names = [entry.name for entry in adapters.registry.entries()] + [adapters.place_of(one.location) for one in fetched]
+    names = [(entry.name, _parts(entry)) for entry in adapters.registry.entries()]
+    names += [(adapters.place_of(one.location), UNSET) for one in fetched]
     return [
         Model(id=base, owned_by=base, root=base, max_model_len=length),
-        *(Model(id=name, owned_by=base, root=name, parent=base, max_model_len=length) for name in names),
+        *(
+            Model(id=name, owned_by=base, root=name, parent=base, max_model_len=length, merged_from=parts)
+            for name, parts in names
+        ),
     ]
+
+
+def _parts(entry: AdapterEntry) -> list[str] | UnsetType:
+    """What the version that gets requests was merged of; of several versions, the first."""
+    merge = entry.versions[next(iter(entry.split))].merge
+    return UNSET if merge is None else [*merge.ids]
 
 
 async def list_models(request: Request) -> Response:

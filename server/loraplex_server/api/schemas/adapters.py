@@ -3,7 +3,11 @@
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+from loraplex_server.api.schemas.merged_adapters import MergedAdapters
+from loraplex_server.errors import InvalidRequest
 
 
 class _Body(BaseModel):
@@ -28,21 +32,36 @@ class UnloadLoraBody(_Body):
 
 
 class RegisterBody(_Body):
-    """The body of POST /adapters: a name and where its files are to be had. SageMaker's names are taken too."""
+    """The body of POST /adapters: a name, and where its files are to be had or what it is merged of.
+
+    SageMaker's names are taken too.
+    """
 
     name: str = Field(description="the name that requests will use", examples=["legal"])
     source: str | None = Field(None, description="hub, local, s3 or pbase; absent: as `id` looks")
-    id: str = Field(
+    id: str | None = Field(
+        None,
         validation_alias=AliasChoices("id", "src", "adapter_id"),
         description="the adapter at its source: org/name, or a folder below --adapter-root",
         examples=["my-org/legal"],
     )
+    merged_adapters: MergedAdapters | None = Field(None, description="in place of `id`: several adapters, as one")
     revision: str | None = Field(None, description="branch, tag or commit at the hub")
     api_token: str | None = Field(None, description="token for the source")
     version: str | None = Field(None, description="name of this version; absent: the next number")
     activate: bool | None = Field(None, description="false adds the version without sending requests to it")
     pin: bool | None = Field(None, description="keep it ready for the model")
     preload: bool | None = Field(None, description="false brings and checks the files on the first use only")
+
+    def check(self) -> None:
+        """Refuse fields that contradict each other. Raises InvalidRequest."""
+        if (self.id is None) == (self.merged_adapters is None):
+            raise InvalidRequest("exactly one of `id` and `merged_adapters` must be set")
+        if self.merged_adapters is not None and (self.revision or self.preload is False):
+            raise InvalidRequest("`merged_adapters` is made of adapters as they are now: leave `revision` and "
+                                 "`preload` out")  # fmt: skip
+        if self.preload is False and self.api_token:
+            raise InvalidRequest("`api_token` is not kept: leave `preload` out, so that the files are brought now")
 
 
 class ChangeBody(_Body):
@@ -53,6 +72,23 @@ class ChangeBody(_Body):
     )
     active: str | None = Field(None, description="the version that gets all requests")
     pinned: bool | None = Field(None, description="keep it ready for the model, or no longer")
+
+
+class PartInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the adapters that a merge was made of, as it was then."""
+
+    id: str
+    weight: float
+    digest: str | None
+
+
+class MergeInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a merge was made of, and how."""
+
+    parts: list[PartInfo]
+    merge_strategy: str
+    density: float
+    majority_sign_method: str
 
 
 class VersionInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +107,7 @@ class VersionInfo(msgspec.Struct, frozen=True, kw_only=True):
     device_bytes: int  # what it takes on the device now
     num_requests: int
     error: str | None
+    merge: MergeInfo | UnsetType = UNSET
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):

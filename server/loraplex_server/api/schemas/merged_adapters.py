@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraplex_server.api.job import WantedMerge
 from loraplex_server.errors import InvalidRequest
+from loraplex_server.wanted_merge import WantedMerge
 
 Weight = Annotated[float, Field(strict=True)]
 
