@@ -5,6 +5,7 @@ import torch
 from loraplex_kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from loraplex_kernels.attention import decode_attention
 from loraplex_kernels.choice import most_likely
+from loraplex_kernels.dispatch import has_gpu_forms
 from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_kernels.linear import linear, pack_weight
 from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
@@ -13,7 +14,12 @@ from loraplex_kernels.norm import rms_norm, rms_norm_groups
 
 
 def warm_up(dtype: torch.dtype, device: torch.device, *, has_experts: bool) -> None:
-    """Call each operation that is compiled on first use, on a few numbers; kept on disk, it takes seconds only once."""
+    """Call each operation that is compiled on first use, on a few numbers; kept on disk, it takes seconds only once.
+
+    On a GPU nothing is done: kernels are compiled for the sizes that they meet, when graphs are captured.
+    """
+    if has_gpu_forms(device):
+        return
     x = torch.ones(1, 8, dtype=dtype, device=device)
     rms_norm(x, x[0], 1e-5)
     rms_norm_groups(x.clone(), x[0], 4, 1e-5)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex_kernels.gpu.delta import delta_arguments, rank_of
+from loraplex_kernels.gpu.delta import TABLES, delta_arguments, rank_of
 
 if TYPE_CHECKING:
     from loraplex_kernels.lora_pages import RowDelta
@@ -15,7 +15,7 @@ SILU, GELU_TANH, GELU = 0, 1, 2
 BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _gate(
     gate_up, delta, row_slots, ranks, rank_stride, out, size,
     KIND: tl.constexpr, HAS_DELTA: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,

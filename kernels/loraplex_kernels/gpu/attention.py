@@ -15,6 +15,9 @@ NO_WINDOW = 1 << 30
 MAX_SPLITS = 16
 WANTED_PROGRAMS = 264  # two for each processor of an H100 or H200
 CHUNK_ROWS = 64
+# What differs from step to step must not decide which code a step runs: each variant is compiled when it is first met.
+CHANGING = ("table_stride", "window")
+TABLES = ("block_table", "query_start", "seq_lens")
 
 
 @triton.jit
@@ -50,7 +53,7 @@ def _attend(
     return highest_score, total, gathered
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=TABLES)
 def _decode(
     queries, query_stride, cache, cell_size, block_table, table_stride, seq_lens, scale, cap, window,
     parts, part_highest, part_total, num_kv_heads,
@@ -100,7 +103,7 @@ def _join(parts, part_highest, part_total, out, HEAD_DIM: tl.constexpr, DIMS: tl
     tl.store(out + cell * HEAD_DIM + d, gathered.to(out.dtype.element_ty), mask=is_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=TABLES)
 def _chunks(
     queries, query_stride, cache, cell_size, block_table, table_stride, query_start, seq_lens, scale, cap, window,
     out, out_stride, num_kv_heads,

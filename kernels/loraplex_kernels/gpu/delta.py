@@ -10,10 +10,14 @@ if TYPE_CHECKING:
     from loraplex_kernels.lora_pages import RowDelta
 
 
+# Where these start differs from linear to linear, and must not decide which code reads them.
+TABLES = ("row_slots", "ranks")
+
+
 @triton.jit
 def rank_of(row_slots, ranks, rank_stride, row, part):
     """The rank of the row's adapter in a part of the linear; 0: nothing is to be added."""
-    slot = tl.load(row_slots + row)
+    slot = tl.load(row_slots + row).to(tl.int64)
     return tl.load(ranks + tl.maximum(slot, 0) * rank_stride + part, mask=slot >= 0, other=0)
 
 

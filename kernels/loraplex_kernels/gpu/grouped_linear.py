@@ -15,10 +15,10 @@ WANTED_PROGRAMS = 264  # two for each processor of an H100 or H200
 MAX_SPLITS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "split_blocks"])
 def _multiply(
     x, x_stride, words, scales, zeros, order, group_of, planes, num_rows, in_size, out_size, num_blocks, split_blocks,
-    group_size, plane_size,
+    group_size,
     BITS: tl.constexpr, SLICE: tl.constexpr, HAS_ORDER: tl.constexpr, IS_EVEN: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
@@ -55,12 +55,13 @@ def _multiply(
             weights = ((number.to(tl.float32) - zero) * scale).to(numbers.dtype)
             total = tl.dot(numbers, weights, total, input_precision="ieee")
     cell = row.to(tl.int64)[:, None] * out_size + output[None, :]
-    tl.store(planes + split.to(tl.int64) * plane_size + cell, total, mask=is_row[:, None] & is_output[None, :])
+    cell += split.to(tl.int64) * num_rows * out_size
+    tl.store(planes + cell, total, mask=is_row[:, None] & is_output[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _finish(
-    planes, bias, addend, out, out_size, plane_size,
+    planes, bias, addend, out, num_rows, out_size,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDEND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -68,6 +69,7 @@ def _finish(
     is_output = output < out_size
     cell = row * out_size + output
     total = tl.zeros((BLOCK,), tl.float32)
+    plane_size = num_rows.to(tl.int64) * out_size
     for split in tl.static_range(SPLITS):
         total += tl.load(planes + cell + split * plane_size, mask=is_output, other=0.0)
     if HAS_BIAS:
@@ -98,12 +100,12 @@ def grouped_linear(
         x, x.stride(0), weight.words, weight.scales, weight.zeros,
         weight.words if weight.order is None else weight.order,
         weight.words if weight.group_of is None else weight.group_of,
-        planes, num_rows, in_size, out_size, num_blocks, split_blocks, weight.group_size, num_rows * out_size,
+        planes, num_rows, in_size, out_size, num_blocks, split_blocks, weight.group_size,
         BITS=weight.bits, SLICE=SLICE, HAS_ORDER=weight.order is not None, IS_EVEN=weight.group_of is None,
         ROWS=rows, OUTPUTS=outputs, num_warps=4 if rows < 64 else 8, num_stages=3,
     )  # fmt: skip
     _finish[(num_rows, triton.cdiv(out_size, 1024))](
-        planes, x if bias is None else bias, x if addend is None else addend, out, out_size, num_rows * out_size,
+        planes, x if bias is None else bias, x if addend is None else addend, out, num_rows, out_size,
         SPLITS=num_splits, HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, BLOCK=1024,
     )  # fmt: skip
     return out

@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex_kernels.gpu.delta import delta_arguments, rank_of
+from loraplex_kernels.gpu.delta import TABLES, delta_arguments, rank_of
 
 if TYPE_CHECKING:
     from loraplex_kernels.kv_cache import HeadNorms
     from loraplex_kernels.lora_pages import RowDelta
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _rotate_and_store(
     qkv, delta, row_slots, ranks, rank_stride, cos, signed_sin, cache, cells, query_weight, key_weight, eps,
     num_heads, num_kv_heads,

@@ -22,9 +22,11 @@ RANK_BLOCK = 16
 RANK_GROUPS = 4
 DECODE_ROWS = 16
 DECODE_COLUMNS, PREFILL_COLUMNS = 256, 128
+# What is read one by one: where it starts must not decide which code it is read by, or each linear has its own.
+TABLES = ("page_table", "ranks", "starts", "counts", "slots", "num_tiles", "row_slots", "blocks", "borders")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=TABLES)
 def _shrink(
     x, x_stride, pages, page_table, slot_stride, most_pages, ranks, rank_stride,
     starts, counts, slots, num_tiles, planes,
@@ -38,7 +40,7 @@ def _shrink(
     split = tl.program_id(2)
     if tile >= tl.load(num_tiles):
         return
-    slot = tl.load(slots + tile)
+    slot = tl.load(slots + tile).to(tl.int64)
     rank = tl.load(ranks + slot * rank_stride + part)
     place = tl.arange(0, ROWS)
     row = tl.load(starts + tile) + place
@@ -61,11 +63,11 @@ def _shrink(
         tl.store(planes + cell, h, mask=is_row[:, None] & (r < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=TABLES)
 def _expand(
     planes, pages, page_table, slot_stride, most_pages, ranks, rank_stride,
     starts, counts, slots, num_tiles, blocks, borders, delta,
-    plane_size, in_size, out_size, max_rank,
+    num_rows, in_size, out_size, max_rank,
     PARTS: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, RANKS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +81,7 @@ def _expand(
     part_end = tl.multiple_of(tl.load(blocks + 3 * block + 2), ALIGN)
     column = tl.multiple_of(tl.load(blocks + 3 * block + 1), ALIGN) + tl.arange(0, OUTPUTS)
     is_column = column < part_end
-    slot = tl.load(slots + tile)
+    slot = tl.load(slots + tile).to(tl.int64)
     rank = tl.load(ranks + slot * rank_stride + part)
     if rank == 0:
         return
@@ -87,6 +89,7 @@ def _expand(
     row = tl.load(starts + tile) + place
     is_row = place < tl.load(counts + tile)
     total = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    plane_size = num_rows.to(tl.int64) * (PARTS * max_rank)
     for first_rank in range(0, rank, RANKS):
         r = first_rank + tl.arange(0, RANKS)
         is_cell = is_row[:, None] & (r < rank)[None, :]
@@ -103,7 +106,7 @@ def _expand(
     tl.store(out, total.to(delta.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _add(out, delta, row_slots, ranks, rank_stride, blocks, out_size, ALIGN: tl.constexpr, OUTPUTS: tl.constexpr):
     row = tl.program_id(0)
     block = tl.program_id(1)
@@ -154,7 +157,7 @@ def expand_rows(h: Tensor, pages: "LinearPages", tiles: "RowTiles", delta: Tenso
     blocks = pages.blocks[width]
     _expand[(most_tiles, len(blocks))](
         h, *_table_arguments(pages), tiles.starts, tiles.counts, tiles.slots, tiles.num_tiles, blocks, pages.borders,
-        delta, num_rows * num_parts * max_rank, pages.in_size, delta.shape[1], max_rank,
+        delta, num_rows, pages.in_size, delta.shape[1], max_rank,
         PARTS=num_parts, PAGE=PAGE_RANKS, ALIGN=_alignment(pages), SPLITS=num_splits,
         ROWS=tiles.tile_rows, RANKS=RANK_BLOCK, OUTPUTS=width, num_warps=4, num_stages=2,
     )  # fmt: skip

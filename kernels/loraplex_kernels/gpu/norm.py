@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex_kernels.gpu.delta import delta_arguments, rank_of
+from loraplex_kernels.gpu.delta import TABLES, delta_arguments, rank_of
 
 if TYPE_CHECKING:
     from loraplex_kernels.lora_pages import RowDelta
@@ -29,7 +29,7 @@ def _norm(x, row_stride, weight, weight_stride, out, out_stride, size, eps, BLOC
     tl.store(out + row * out_stride + group * size + column, scaled.to(out.dtype.element_ty), mask=is_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _add_norm(
     x, delta, row_slots, ranks, rank_stride, residual, weight, post_weight, out, size, eps,
     HAS_DELTA: tl.constexpr, HAS_POST: tl.constexpr, BLOCK: tl.constexpr,

@@ -88,7 +88,8 @@ class CudaCapture:
         forward()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads pin memory and copy adapters meanwhile; by default that would break the capture.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = forward()
 
         def replay() -> Tensor:
