@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from loraplex import supervisor
 from loraplex.console import Console
 from loraplex.plan import LaunchPlan, ProcessSpec
 from loraplex.supervisor import Supervisor
@@ -15,6 +16,7 @@ FAKE_CHILD = Path(__file__).with_name("fake_child.py")
 def main() -> int:
     marks, timeout, restarts, *children = sys.argv[1:]
     log.set_up("launcher")
+    supervisor.CAUSE_GRACE_S = 60.0  # children of a busy machine start as late as they like
     specs = []
     for child in children:
         name, behaviour = child.split("=")

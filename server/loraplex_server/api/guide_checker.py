@@ -8,12 +8,13 @@ from collections import OrderedDict
 import msgspec
 
 from loraplex_server.errors import InvalidRequest
-from loraplex_server.text.guide_check import LENGTH_BYTES, Setup, Verdict, framed
+from loraplex_server.text.guide_check import COMPILE_CPU_S, LENGTH_BYTES, TIME_IS_UP, Setup, Verdict, framed
 from loraplex_server.text.guides import Guide
 
 logger = logging.getLogger(__name__)
 
-COMPILE_TIMEOUT_S = 2.0
+# The child gives up by itself after COMPILE_CPU_S; this is for one that does not run at all.
+STUCK_TIMEOUT_S = 30.0
 # Python, the library and the vocabulary: a second or so on a slow machine.
 START_TIMEOUT_S = 60.0
 # Verdicts that are remembered; each has the grammar's text, 64 kB at most.
@@ -55,13 +56,15 @@ class GuideChecker:
     async def _compile(self, guide: Guide) -> Verdict:
         child = self._child or await self._start()
         try:
-            async with asyncio.timeout(COMPILE_TIMEOUT_S):
+            async with asyncio.timeout(STUCK_TIMEOUT_S):
                 return await _ask(child, guide)
         except TimeoutError:
             await self.close()
-            return Verdict(error=f"it takes longer than {COMPILE_TIMEOUT_S:g} s to compile; make it simpler")
+            return Verdict(error=f"it has not compiled within {STUCK_TIMEOUT_S:g} s; make it simpler")
         except (OSError, asyncio.IncompleteReadError):
             await self.close()
+            if child.returncode == -TIME_IS_UP:
+                return Verdict(error=f"it takes longer than {COMPILE_CPU_S:g} s to compile; make it simpler")
             logger.warning("a grammar ended the process that compiles grammars (code %s)", child.returncode)
             return Verdict(error="it breaks the compiler, or takes more memory than it may have; make it simpler")
         except asyncio.CancelledError:

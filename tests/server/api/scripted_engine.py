@@ -37,6 +37,7 @@ from loraplex_server.text.chat_template import ChatTemplate
 from loraplex_server.text.detokenizer import ByteLevelDetokenizer
 from loraplex_server.text.tokenizer import TokenSpan
 
+DEADLINE_S = 180  # only ends a test that would wait for ever
 BOS, EOS, MERGED = 256, 257, 258
 SPELLINGS = {BOS: "<s>", EOS: "</s>", MERGED: "STOPafter"}
 
@@ -304,7 +305,7 @@ async def api_server(
     app = build_app(state)
     async with (
         _transport(app, live) as (transport, base_url),
-        httpx.AsyncClient(transport=transport, base_url=base_url, timeout=20) as http,
+        httpx.AsyncClient(transport=transport, base_url=base_url, timeout=DEADLINE_S) as http,
     ):
         yield TestServer(state, engine, client, http, admission, base_url)
     finder.close()
@@ -348,7 +349,7 @@ def with_server(test: Callable[[TestServer], Awaitable[None]], **options: Any) -
     """Run a test's coroutine against a fresh server."""
 
     async def run() -> None:
-        async with asyncio.timeout(60), api_server(**options) as server:
+        async with asyncio.timeout(DEADLINE_S), api_server(**options) as server:
             await test(server)
 
     asyncio.run(run())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adapter_world import AdapterWorld, world
-from scripted_engine import TestServer
+from scripted_engine import DEADLINE_S, TestServer
 
 from loraplex_models.sources import AdapterItem
 from loraplex_server.adapter_contents import AdapterContents
@@ -113,7 +113,7 @@ def test_no_answer_is_of_a_wrong_version_and_nothing_is_left_behind(world: Adapt
             await server.http.delete(f"/adapters/{name}")
         await server.settled()
         assert world.engine.adapters == {} and world.engine.kept == set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             while list(world.cache.glob("*/*")):
                 await asyncio.sleep(0.02)
 

@@ -22,7 +22,7 @@ from adapter_files import CONFIG_FILE, WEIGHTS_FILE, config_fields, lora_tensors
 from adapter_world import AdapterWorld, refusal, world
 from broken_adapters import BROKEN, make_broken
 from hub_stand_in import Repository
-from scripted_engine import TestServer
+from scripted_engine import DEADLINE_S, TestServer
 
 from loraplex_server import adapter_fetcher
 
@@ -203,7 +203,7 @@ def test_04_a_transfer_that_trickles_ends_at_the_timeout_and_goes_on_next_time(w
         answer = await slow
         assert refusal(answer) == (424, "adapter_unavailable")
         assert "--adapter-fetch-timeout" in answer.json()["error"]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while world.left_behind() or list(world.cache.glob("staging/*")):
                 await asyncio.sleep(0.01)
         [part] = list(world.cache.glob("parts/*"))

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from adapter_world import AdapterWorld, refusal, world
-from scripted_engine import TestServer
+from scripted_engine import DEADLINE_S, TestServer
 
 from loraplex_server.messages import AdapterStatus, LoadAdapter
 
@@ -133,7 +133,7 @@ def test_uploaded_files_are_served_and_deleted_with_the_adapter(world: AdapterWo
         assert (await server.http.delete("/adapters/mine")).status_code == 204
         await server.settled()
         assert world.digests() == []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while stored(world):
                 await asyncio.sleep(0.01)
 
@@ -220,7 +220,7 @@ def test_an_upload_whose_client_leaves_is_gone(world: AdapterWorld) -> None:
             b"Content-Length: 1000000\r\n\r\n" + head + content
         )
         await writer.drain()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             while not world.left_behind() and not (world.cache / "staging").is_dir():
                 await asyncio.sleep(0.005)
             writer.close()

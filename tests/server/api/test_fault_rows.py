@@ -14,8 +14,8 @@ from loraplex_server.api.schemas.tgi import GenerateParameters
 
 USER = [{"role": "user", "content": "hi"}]
 HOSTILE = "a\x00b\ufeffc\u202ed\u200be"  # NUL, byte order mark, right-to-left override, zero-width space
-# What a refusal may take before anything was tokenised; many times what it does take.
-QUICK_S = 2.0
+# What a refusal may take before anything was tokenised; a thousand times what it does take.
+QUICK_S = 20.0
 
 
 async def refused(server: TestServer, path: str, body: dict[str, Any], words: str) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from scripted_engine import DEADLINE_S
 from tiny_tokenizer import byte_tokenizer
 
 from loraplex_server.api import guide_checker
 from loraplex_server.api.guide_checker import GuideChecker
 from loraplex_server.errors import InvalidRequest
-from loraplex_server.text.guide_check import Setup
+from loraplex_server.text.guide_check import TIME_IS_UP, Setup
 from loraplex_server.text.guide_compiler import Vocabulary, fill_mask
 from loraplex_server.text.guides import Guide, choice_guide, schema_guide
 
@@ -32,7 +33,7 @@ def with_checker(setup: Setup, test: Callable[[GuideChecker], Awaitable[None]]) 
     async def run() -> None:
         checker = GuideChecker(setup)
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(DEADLINE_S):
                 await test(checker)
         finally:
             await checker.close()
@@ -127,19 +128,28 @@ def test_bad_guides_are_refused_and_the_same_process_goes_on(setup: Setup) -> No
     with_checker(setup, test)
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
-def test_a_broken_or_stuck_compiler_costs_one_request(
-    setup: Setup, fault: signal.Signals, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (signal.SIGKILL, "breaks"),
+        (signal.SIGSEGV, "breaks"),
+        (TIME_IS_UP, "longer than 2 s"),
+        (signal.SIGSTOP, r"within 0\.1 s"),
+    ],
+)
+def test_a_broken_slow_or_stuck_compiler_costs_one_request(
+    setup: Setup, fault: signal.Signals, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(checker: GuideChecker) -> None:
         await checker.check(GOOD)
         assert checker._child is not None
         os.kill(checker._child.pid, fault)
-        with pytest.raises(InvalidRequest, match="longer than 0.5 s" if fault is signal.SIGSTOP else "breaks"):
+        with monkeypatch.context() as patch, pytest.raises(InvalidRequest, match=reason):
+            if fault is signal.SIGSTOP:
+                patch.setattr(guide_checker, "STUCK_TIMEOUT_S", 0.1)
             await checker.check(Guide("regex", "b+"))
         assert await checker.check(Guide("regex", "c+"))
 
-    monkeypatch.setattr(guide_checker, "COMPILE_TIMEOUT_S", 0.5)
     with_checker(setup, test)
 
 
@@ -163,6 +173,8 @@ def test_a_client_that_leaves_does_not_leave_its_verdict_to_the_next(setup: Setu
         assert checker._child is not None
         os.kill(checker._child.pid, signal.SIGSTOP)
         leaving = asyncio.create_task(checker.check(Guide("regex", "left+")))
+        while not checker._turn.locked():
+            await asyncio.sleep(0)
         await asyncio.sleep(0.05)
         leaving.cancel()
         await asyncio.gather(leaving, return_exceptions=True)

@@ -14,14 +14,14 @@ from huggingface_hub.errors import (
     TextGenerationError,
     ValidationError,
 )
-from scripted_engine import ScriptedEngine, TestServer, api_server
+from scripted_engine import DEADLINE_S, ScriptedEngine, TestServer, api_server
 
 
 def with_client(use: Callable[[InferenceClient], None], **options: Any) -> None:
     """Run `use` in a thread, as a blocking client is used, against a live server."""
 
     async def run() -> None:
-        async with asyncio.timeout(60), api_server(live=True, **options) as server:
+        async with asyncio.timeout(DEADLINE_S), api_server(live=True, **options) as server:
             with InferenceClient(server.base_url) as client:
                 await asyncio.to_thread(use, client)
 
@@ -147,7 +147,7 @@ def test_info_and_health() -> None:
         assert client.health_check()
 
     async def run() -> None:
-        async with asyncio.timeout(60), api_server(live=True) as server:
+        async with asyncio.timeout(DEADLINE_S), api_server(live=True) as server:
             with InferenceClient(server.base_url, provider="hf-inference") as client:
                 await asyncio.to_thread(use, client)
 
@@ -162,7 +162,7 @@ def test_the_async_client() -> None:
             assert [chunk async for chunk in stream][-1].generated_text == "hihello world"
 
     async def run() -> None:
-        async with asyncio.timeout(60), api_server(live=True) as server:
+        async with asyncio.timeout(DEADLINE_S), api_server(live=True) as server:
             await use(server)
 
     asyncio.run(run())

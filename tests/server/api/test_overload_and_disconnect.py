@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from scripted_engine import ScriptedEngine, TestServer, api_server, with_server
+from scripted_engine import DEADLINE_S, ScriptedEngine, TestServer, api_server, with_server
 
 from loraplex_server.api import client as client_module
 from loraplex_server.api.job import GenerationJob
@@ -84,7 +84,7 @@ def test_a_client_that_leaves_takes_its_request_off_the_engine(
     path: str, is_reset: bool, settings: dict[str, tuple[str, ...]]
 ) -> None:
     async def run() -> None:
-        async with asyncio.timeout(30), api_server(gated(), live=True, **settings) as server:
+        async with asyncio.timeout(DEADLINE_S), api_server(gated(), live=True, **settings) as server:
             _, writer = await open_raw(server, path, b"authorization: Bearer key\r\norigin: http://a\r\n")
             await until(lambda: server.engine.requests)
             if is_reset:
@@ -100,7 +100,7 @@ def test_a_client_that_leaves_takes_its_request_off_the_engine(
 
 def test_200_disconnects_leave_nothing_behind() -> None:
     async def run() -> None:
-        async with asyncio.timeout(60), api_server(gated(), live=True, max_concurrent_requests=500) as server:
+        async with asyncio.timeout(DEADLINE_S), api_server(gated(), live=True, max_concurrent_requests=500) as server:
             connections = [await open_raw(server, "/generate_stream") for _ in range(200)]
             await until(lambda: len(server.engine.requests) == 200)
             for reader, writer in connections:
@@ -132,7 +132,7 @@ def test_a_reader_that_falls_too_far_behind_is_cut_off(monkeypatch: pytest.Monke
 
 def test_the_engines_loss_ends_every_request_and_refuses_new_ones() -> None:
     async def run() -> None:
-        async with asyncio.timeout(30), api_server(gated()) as server:
+        async with asyncio.timeout(DEADLINE_S), api_server(gated()) as server:
             plain = asyncio.create_task(server.generate("hi"))
             stream = asyncio.create_task(server.generate("hi", path="/generate_stream"))
             await until(lambda: len(server.engine.requests) == 2)
@@ -149,7 +149,7 @@ def test_the_engines_loss_ends_every_request_and_refuses_new_ones() -> None:
 
 def test_64_streams_at_once_are_each_complete() -> None:
     async def run() -> None:
-        async with asyncio.timeout(60), api_server(live=True) as server:
+        async with asyncio.timeout(DEADLINE_S), api_server(live=True) as server:
             adapters = [None, "pirate", "json"]
             answers = await asyncio.gather(
                 *(

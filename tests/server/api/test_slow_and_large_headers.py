@@ -5,7 +5,7 @@ import json
 from collections.abc import Awaitable, Callable
 
 import pytest
-from scripted_engine import TestServer, api_server
+from scripted_engine import DEADLINE_S, TestServer, api_server
 
 from loraplex_server.api import http_protocol
 
@@ -15,7 +15,7 @@ HEAD = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\
 
 def live(test: Callable[[TestServer], Awaitable[None]]) -> None:
     async def run() -> None:
-        async with asyncio.timeout(60), api_server(live=True) as server:
+        async with asyncio.timeout(DEADLINE_S), api_server(live=True) as server:
             await test(server)
 
     asyncio.run(run())
@@ -69,9 +69,11 @@ def test_500_connections_that_say_nothing_or_little_are_closed(monkeypatch: pyte
     monkeypatch.setattr(http_protocol, "HEADER_TIMEOUT_S", 1.0)
 
     async def test(server: TestServer) -> None:
-        connections = [await connect(server) for _ in range(500)]
-        for _, writer in connections[::2]:
-            writer.write(b"POST /gen")
+        connections = []
+        for number in range(500):
+            connections.append(await connect(server))
+            if number % 2 == 0:
+                connections[-1][1].write(b"POST /gen")
         assert (await server.generate("hi")).status_code == 200
         answers = await asyncio.gather(*(reader.read() for reader, _ in connections))
         assert all(parsed(answer)[0] == 408 for answer in answers[::2])
