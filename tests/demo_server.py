@@ -1,5 +1,7 @@
 """A server as a person starts it: the launcher in a process of its own, real children, a real port."""
 
+import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -14,8 +16,12 @@ import psutil
 
 REPOSITORY = Path(__file__).parents[1]
 ROOTS = ("launcher", "server", "models", "quant", "kernels")
-START_S = 180
-EXIT_S = 30
+START_S = 300  # kernels may have to be compiled, beside other work
+EXIT_S = 120
+ANSWER_S = 180
+# Below those that the system gives to clients, so that none takes a port before its server does; processes that choose
+# at the same time begin in different places.
+PORTS = itertools.cycle(range(20_000 + os.getpid() * 37 % 10_000, 32_000))
 # The text that SmolLM2's chat template makes of one question.
 CHAT = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -25,10 +31,11 @@ GAUGES = ("loraplex_running", "loraplex_waiting", "loraplex_kv_blocks_used", "lo
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback that nobody listens on, and that was not given before."""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("ports do not end")
 
 
 def environment() -> dict[str, str]:
@@ -125,6 +132,6 @@ class LaunchedServer:
 
     def gauges(self) -> dict[str, float]:
         """What is in use now, as /metrics says."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        lines = httpx.get(f"{self.url}/metrics", timeout=ANSWER_S).text.splitlines()
         series = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(series[name]) for name in GAUGES}

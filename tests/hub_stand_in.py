@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from urllib.parse import unquote, urlsplit
 
 
@@ -38,6 +38,7 @@ class Hub:
     status: int | None = None  # answered to everything, when set
     cut_downloads_at: int | None = None  # bytes of an answer after which the connection is closed, when set
     piece_pause_s: float = 0.0  # between pieces of 1 kB
+    may_go_on: Event = field(default_factory=Event)  # no answer has a body before this is set
     cuts: list[int] = field(default_factory=list)  # the same for the next downloads, one by one
     damage_downloads: bool = False
     requests: list[str] = field(default_factory=list)
@@ -62,6 +63,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
+                hub.may_go_on.wait()
                 step = 1024 if hub.piece_pause_s else len(body) or 1
                 for start in range(0, len(body), step):
                     time.sleep(hub.piece_pause_s)
@@ -170,6 +172,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 def running_hub() -> Iterator[Hub]:
     """A hub without repositories on a free port of 127.0.0.1."""
     hub = Hub()
+    hub.may_go_on.set()
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
     server.daemon_threads = True
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
@@ -178,6 +181,7 @@ def running_hub() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.may_go_on.set()
         server.shutdown()
         thread.join()
         server.server_close()

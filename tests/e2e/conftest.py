@@ -35,7 +35,7 @@ def demo_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     yield from _serving_demo(tmp_path_factory.mktemp("demo") / "log")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exact_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedServer]:
     """The same in float32, where the rows beside a request do not change which token is the likeliest."""
     yield from _serving_demo(tmp_path_factory.mktemp("exact") / "log", "--dtype", "float32")

@@ -47,7 +47,7 @@ class World:
 def tokens(server: LaunchedServer, adapter_id: str, **more: Any) -> list[int] | tuple[int, str]:
     parameters = {"adapter_id": adapter_id, "max_new_tokens": NUM_TOKENS, "details": True, "ignore_eos_token": True}
     answer = httpx.post(
-        f"{server.url}/generate", json={"inputs": PROMPT, "parameters": parameters | more}, timeout=60
+        f"{server.url}/generate", json={"inputs": PROMPT, "parameters": parameters | more}, timeout=300
     ).json()
     if "error" in answer:
         return answer["error_type"], answer["error"]
@@ -56,12 +56,12 @@ def tokens(server: LaunchedServer, adapter_id: str, **more: Any) -> list[int] | 
 
 def upload(server: LaunchedServer, name: str, folder: Path) -> None:
     parts = [("file", (file, content)) for file, content in files_of(folder).items()]
-    answer = httpx.put(f"{server.url}/adapters/{name}", files=parts, timeout=60)
+    answer = httpx.put(f"{server.url}/adapters/{name}", files=parts, timeout=300)
     assert answer.status_code == 200, answer.text
 
 
 def shown(server: LaunchedServer, name: str) -> dict[str, Any]:
-    version: dict[str, Any] = httpx.get(f"{server.url}/adapters/{name}", timeout=30).json()["versions"][0]
+    version: dict[str, Any] = httpx.get(f"{server.url}/adapters/{name}", timeout=300).json()["versions"][0]
     return version
 
 
@@ -94,7 +94,7 @@ def test_adapters_come_change_and_go(
         assert shown(server, "mine")["digest"] != before["digest"]
         # vLLM's routes
         body = {"lora_name": "l", "lora_path": str(world.folders["local"])}
-        assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=30).status_code == 200
+        assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=300).status_code == 200
         assert tokens(server, "l") == world.truth("local")
         # The engine is lost, and a new one is told of them all
         server.kill("engine")
@@ -102,8 +102,8 @@ def test_adapters_come_change_and_go(
         for name, adapter in (("acme/hub", "hub"), ("mine", "next"), ("l", "local")):
             assert tokens(server, name) == world.truth(adapter)
         # Gone by name; memory goes with the last request
-        assert httpx.delete(f"{server.url}/adapters/mine", timeout=30).status_code == 204
+        assert httpx.delete(f"{server.url}/adapters/mine", timeout=300).status_code == 204
         refused = tokens(server, "mine", adapter_source="hub")
         assert refused[0] == "validation"  # no name any more, and no hub id
-        metrics = httpx.get(f"{server.url}/metrics", timeout=30).text
+        metrics = httpx.get(f"{server.url}/metrics", timeout=300).text
         assert "loraplex_adapter_pins 0" in metrics

@@ -30,7 +30,7 @@ def events_of(response: httpx.Response) -> list[dict[str, Any]]:
 def post(server: LaunchedServer, path: str, adapter_id: str | None, **fields: Any) -> httpx.Response:
     parameters = {"adapter_id": adapter_id, "max_new_tokens": NUM_TOKENS, "return_full_text": False}
     body = {"inputs": PROMPT, "parameters": parameters, **fields}
-    return httpx.post(f"{server.url}{path}", json=body, timeout=120)
+    return httpx.post(f"{server.url}{path}", json=body, timeout=300)
 
 
 def by_generate(server: LaunchedServer, adapter_id: str | None) -> str:
@@ -60,7 +60,7 @@ def by_root_stream(server: LaunchedServer, adapter_id: str | None) -> str:
 
 
 def ask(server: LaunchedServer, adapter_id: str | None, **options: Any) -> Any:
-    with InferenceClient(server.url, timeout=120) as client:
+    with InferenceClient(server.url, timeout=300) as client:
         answer = client.text_generation(
             PROMPT, adapter_id=adapter_id, max_new_tokens=NUM_TOKENS, return_full_text=False, **options
         )
@@ -122,7 +122,7 @@ def test_base_and_adapters_asked_at_once_answer_each_in_its_own_style(
 
 
 def generated_tokens(server: LaunchedServer) -> str:
-    metrics = httpx.get(f"{server.url}/metrics", timeout=30).text
+    metrics = httpx.get(f"{server.url}/metrics", timeout=300).text
     return next(line for line in metrics.splitlines() if line.startswith("loraplex_generated_tokens "))
 
 
@@ -149,5 +149,5 @@ def test_the_client_raises_a_validation_error_as_such(demo_server: LaunchedServe
 
 
 def test_the_adapters_are_listed_as_models(demo_server: LaunchedServer) -> None:
-    models = httpx.get(f"{demo_server.url}/v1/models", timeout=30).json()["data"]
+    models = httpx.get(f"{demo_server.url}/v1/models", timeout=300).json()["data"]
     assert {"pirate", "json", "shout"} < {model["id"] for model in models}

@@ -32,7 +32,7 @@ def adapter(voice: str | None) -> LoRARequest | None:
 def ask_server(server: LaunchedServer, voice: str | None, prompt: str, seed: int | None) -> tuple[str, list[int]]:
     drawn = {} if seed is None else {"do_sample": True, "seed": seed, **DRAW}
     parameters = {"adapter_id": voice, "max_new_tokens": NUM_TOKENS, "details": True, **drawn}
-    response = httpx.post(f"{server.url}/generate", json={"inputs": prompt, "parameters": parameters}, timeout=120)
+    response = httpx.post(f"{server.url}/generate", json={"inputs": prompt, "parameters": parameters}, timeout=300)
     answer: dict[str, Any] = response.json()
     return answer["generated_text"], [token["id"] for token in answer["details"]["tokens"]]
 
@@ -65,7 +65,7 @@ def test_a_script_of_the_docs_runs_with_only_the_models_path_changed(script: str
     script = script.replace(MODEL_NAME, str(demo_model))
     command = [sys.executable, "-W", "error", "-c", script]
     run = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 0, run.stderr
     assert "Generated text: " in run.stdout

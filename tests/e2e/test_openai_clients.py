@@ -38,7 +38,7 @@ def native(server: LaunchedServer, adapter_id: str | None, **parameters: object)
     """What /generate says to the same question."""
     asked = {"adapter_id": adapter_id, "max_new_tokens": 24, **parameters}
     answer = httpx.post(
-        f"{server.url}/generate", json={"inputs": CHAT.format(QUESTION), "parameters": asked}, timeout=60
+        f"{server.url}/generate", json={"inputs": CHAT.format(QUESTION), "parameters": asked}, timeout=300
     )
     return str(answer.json()["generated_text"])
 
@@ -190,7 +190,9 @@ def test_a_conversation_becomes_the_prompt_and_the_tokens_that_transformers_make
         (turns[1:2], {"add_generation_prompt": False}),
         (turns, {"continue_final_message": True}),
     ):
-        answer = httpx.post(f"{demo_server.url}/chat_tokenize", json={"messages": messages, **options}).json()
+        answer = httpx.post(
+            f"{demo_server.url}/chat_tokenize", json={"messages": messages, **options}, timeout=300
+        ).json()
         expected = tokenizer.apply_chat_template(messages, tokenize=False, **options)
         assert answer["templated_text"] == expected
         token_ids = tokenizer(expected, add_special_tokens=False)["input_ids"]
@@ -211,7 +213,7 @@ def test_an_example_of_the_page_about_clients_runs(
 ) -> None:
     block = text.replace(ADDRESS, f"127.0.0.1:{demo_server.port}")
     command = ["bash", "-c", block] if language == "bash" else [sys.executable, "-c", block]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     assert '"error"' not in run.stdout
     expected = '"text":"The capital of France is' if heading == "Evaluation harnesses" else "Yo ho ho!"

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def output_of(command: list[str]) -> str:
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

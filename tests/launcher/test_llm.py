@@ -419,7 +419,7 @@ def test_openmp_is_set_up_before_torch_is_imported_unless_the_user_did(world: Pa
     bare = {name: value for name, value in environment().items() if not name.startswith(("OMP_", "GOMP_"))}
     command = [sys.executable, "-W", "error", "-c", script]
     for ours, expected in (({}, "1 2000"), ({"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "7"}, "2 7")):
-        run = subprocess.run(command, env=bare | ours, capture_output=True, text=True, check=True, timeout=120)
+        run = subprocess.run(command, env=bare | ours, capture_output=True, text=True, check=True, timeout=300)
         assert run.stdout.strip() == expected
 
 

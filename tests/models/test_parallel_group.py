@@ -1,10 +1,10 @@
 """Collectives of several ranks, each a thread; and the end of one of them."""
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
+from demo_server import free_port
 from ranks import run_ranks
 
 from loraplex_models.parallel import FIRST_BYTES, ParallelGroup, RanksLost
@@ -55,9 +55,7 @@ def test_numbers_come_in_the_order_of_ranks(tmp_path: Path) -> None:
 
 
 def test_ranks_can_meet_at_an_address(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    found = run_ranks(2, tmp_path, lambda group: group.gather_numbers([group.rank]), f"tcp://localhost:{port}")
+    found = run_ranks(2, tmp_path, lambda group: group.gather_numbers([group.rank]), f"tcp://localhost:{free_port()}")
     assert found == [[[0], [1]]] * 2
 
 

@@ -377,8 +377,8 @@ def test_the_list_shows_where_the_engine_has_an_adapter(world: AdapterWorld) -> 
         [spec] = world.engine.adapters.values()
         status = AdapterStatus(adapter_id="m", digest=spec.digest, tier="device", num_bytes=30, device_bytes=40)
         world.engine.say(status)
-        await asyncio.sleep(0.01)
-        one = (await shown(server, "m"))["versions"][0]
+        while (one := (await shown(server, "m"))["versions"][0])["tier"] != "device":
+            await asyncio.sleep(0)
         assert (one["tier"], one["host_bytes"], one["device_bytes"]) == ("device", 30, 40)
 
     world.serve(test, allow_runtime_adapters=True)
@@ -395,8 +395,8 @@ def test_a_content_that_the_engine_could_not_load_is_brought_again_by_the_next_r
         assert await say(server, "l") == old  # the engine has the old weights
         [spec] = world.engine.adapters.values()
         world.engine.say(AdapterStatus(adapter_id="l", digest=spec.digest, tier="disk", error="its files have changed"))
-        await asyncio.sleep(0.01)
-        assert (await shown(server, "l"))["versions"][0]["error"] == "its files have changed"
+        while (await shown(server, "l"))["versions"][0]["error"] != "its files have changed":
+            await asyncio.sleep(0)
         assert await say(server, "l") not in (old, "generation")
         assert (await shown(server, "l"))["versions"][0]["error"] is None
 

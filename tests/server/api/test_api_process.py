@@ -15,6 +15,7 @@ import httpx
 import msgspec
 import pytest
 import tokenizers
+from demo_server import free_port
 from scripted_engine import READY, adapter_source
 
 from loraplex_server.config import AdapterConfig, ApiConfig, EngineConfig, ServeConfig
@@ -30,7 +31,7 @@ from loraplex_server.control import ControlLine
 config = msgspec.json.decode(sys.argv[1], type=ServeConfig)
 raise SystemExit(run(config, ControlLine.from_fd(int(sys.argv[2]))))
 """
-DEADLINE_S = 30
+DEADLINE_S = 180
 
 
 def save_byte_tokenizer(folder: Path) -> None:
@@ -145,7 +146,7 @@ class OpenStream:
 
 def test_it_answers_through_the_link_and_says_ready_with_its_port(child: Child) -> None:
     child.become_ready()
-    assert httpx.get(f"{child.base_url}/health").status_code == 200
+    assert httpx.get(f"{child.base_url}/health", timeout=DEADLINE_S).status_code == 200
     stream = OpenStream(child)
     child.answer(stream.request, end=False)
     child.answer(stream.request)
@@ -162,21 +163,19 @@ def test_it_answers_a_ping_with_the_same_fields(child: Child) -> None:
 
 def test_the_port_is_open_before_the_engine_is_ready(tmp_path: Path) -> None:
     save_byte_tokenizer(tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    child = Child(tmp_path, port=port)
+    child = Child(tmp_path, port=(port := free_port()))
     try:
         child.control.send("ping")
         assert child.said() == {"event": "pong"}
         for path in ("/health", "/ping", "/"):
-            answer = httpx.get(f"http://127.0.0.1:{port}{path}")
+            answer = httpx.get(f"http://127.0.0.1:{port}{path}", timeout=DEADLINE_S)
             assert (answer.status_code, answer.json()["error_type"]) == (503, "healthcheck")
-        answer = httpx.post(f"http://127.0.0.1:{port}/generate", json={"inputs": "hi"})
+        answer = httpx.post(f"http://127.0.0.1:{port}/generate", json={"inputs": "hi"}, timeout=DEADLINE_S)
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) > 0
-        assert httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=DEADLINE_S).status_code == 200
         child.become_ready()
-        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=DEADLINE_S).status_code == 200
     finally:
         child.close()
 
@@ -226,7 +225,7 @@ def statuses_until(child: Child, wanted: int) -> set[int]:
     """What /health answers, up to the first answer of that status."""
     seen: set[int] = set()
     while wanted not in seen:
-        seen.add(httpx.get(f"{child.base_url}/health").status_code)
+        seen.add(httpx.get(f"{child.base_url}/health", timeout=DEADLINE_S).status_code)
     return seen - {wanted}
 
 
@@ -238,7 +237,7 @@ def test_an_engine_that_restarts_ends_its_streams_and_the_next_one_serves(child:
     assert stream.events()[-1]["error_type"] == "generation"
     assert "started again" in stream.events()[-1]["error"]
     assert statuses_until(child, 503) <= {200}
-    late = httpx.post(f"{child.base_url}/generate", json={"inputs": "hi"})
+    late = httpx.post(f"{child.base_url}/generate", json={"inputs": "hi"}, timeout=DEADLINE_S)
     assert (late.status_code, late.json()["error_type"]) == (503, "healthcheck")
     assert int(late.headers["retry-after"]) > 0
     child.engine.close()
@@ -249,7 +248,7 @@ def test_an_engine_that_restarts_ends_its_streams_and_the_next_one_serves(child:
     stream = OpenStream(child)
     child.answer(stream.request)
     assert stream.events()[-1]["details"] is None and stream.events()[-1]["generated_text"]
-    assert "loraplex_engine_restarts 1" in httpx.get(f"{child.base_url}/metrics").text
+    assert "loraplex_engine_restarts 1" in httpx.get(f"{child.base_url}/metrics", timeout=DEADLINE_S).text
     child.process.send_signal(signal.SIGTERM)
     assert child.end() == 0
 
@@ -259,10 +258,10 @@ def test_what_a_lost_engine_was_to_be_told_is_not_told_the_next_one(child: Child
     child.engine.close()
     with ThreadPoolExecutor(1) as thread:
         # It is admitted and waits for an engine to be handed over to.
-        waiting = thread.submit(httpx.post, f"{child.base_url}/generate", json={"inputs": "old"})
+        waiting = thread.submit(httpx.post, f"{child.base_url}/generate", json={"inputs": "old"}, timeout=DEADLINE_S)
         metrics = ""
         while "tgi_request_count 1" not in metrics:
-            metrics = httpx.get(f"{child.base_url}/metrics").text
+            metrics = httpx.get(f"{child.base_url}/metrics", timeout=DEADLINE_S).text
         child.control.send("engine_restarts")
         assert waiting.result().status_code in (424, 503)
     child.engine = EngineLink(str(tmp_path))
@@ -311,7 +310,7 @@ def test_ctrl_c_is_left_to_the_supervisor(child: Child) -> None:
     child.process.send_signal(signal.SIGINT)
     child.control.send("ping")
     assert child.said()["event"] == "pong"
-    assert httpx.get(f"{child.base_url}/health").status_code == 200
+    assert httpx.get(f"{child.base_url}/health", timeout=DEADLINE_S).status_code == 200
 
 
 def test_requests_that_outlast_the_grace_time_get_an_error(tmp_path: Path) -> None:
@@ -329,7 +328,9 @@ def test_requests_that_outlast_the_grace_time_get_an_error(tmp_path: Path) -> No
 
 def test_a_disconnect_reaches_the_engine_as_an_abort(child: Child) -> None:
     child.become_ready()
-    with httpx.stream("POST", f"{child.base_url}/generate_stream", json={"inputs": "hi"}) as response:
+    with httpx.stream(
+        "POST", f"{child.base_url}/generate_stream", json={"inputs": "hi"}, timeout=DEADLINE_S
+    ) as response:
         request = child.taken(GenerateRequest)
         child.answer(request, end=False)
         next(response.iter_lines())

@@ -119,15 +119,16 @@ def test_only_so_many_adapters_are_fetched_at_a_time_and_only_so_many_requests_w
     monkeypatch.setattr(AdapterIntake, "bring", counted)
     for i in range(6):
         world.publish(f"acme/{i}")
-    world.hub.piece_pause_s = 0.03
+    world.hub.may_go_on.clear()
 
     async def test(server: TestServer) -> None:
         fetches = [asyncio.create_task(server.generate(adapter_id=f"acme/{i}")) for i in range(6)]
-        while not world.hub.requests:
+        while at_once[1] < 2:
             await asyncio.sleep(0.005)
         answer = await server.generate(adapter_id="acme/more")
         assert refusal(answer) == (429, "overloaded") and answer.headers["retry-after"]
         assert (await server.generate()).status_code == 200
+        world.hub.may_go_on.set()
         assert {answer.status_code for answer in await asyncio.gather(*fetches)} == {200}
 
     world.serve(test, max_adapter_fetches=2, max_concurrent_requests=6)
@@ -136,7 +137,7 @@ def test_only_so_many_adapters_are_fetched_at_a_time_and_only_so_many_requests_w
 
 def test_a_request_whose_adapter_is_fetched_takes_no_permit_from_others(world: AdapterWorld) -> None:
     world.publish("acme/slow")
-    world.hub.piece_pause_s = 0.05
+    world.hub.may_go_on.clear()
 
     async def test(server: TestServer) -> None:
         slow = asyncio.create_task(server.generate(adapter_id="acme/slow"))
@@ -144,7 +145,7 @@ def test_a_request_whose_adapter_is_fetched_takes_no_permit_from_others(world: A
             await asyncio.sleep(0.005)
         assert (await server.generate()).status_code == 200
         assert not slow.done()
-        world.hub.piece_pause_s = 0
+        world.hub.may_go_on.set()
         assert (await slow).status_code == 200
 
     world.serve(test, max_concurrent_requests=1)
