@@ -1,6 +1,7 @@
 """A linear layer over small whole numbers in groups (GPTQ, AWQ and alike), dequantised while it is computed."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class PackedGroups:
 
     Inputs stand in the order of their groups; a block is SLICE * (32 / bits) of them, the last one filled up with
     zeros. Word s of a block holds its inputs s, s + SLICE, s + 2 * SLICE …, the first in the lowest bits.
+
+    What `stack_groups` gives has one more dimension before all others: the expert.
     """
 
     words: Tensor  # [blocks * SLICE, out] int32
@@ -36,6 +39,18 @@ class PackedGroups:
         """Size of all tensors."""
         tensors = (self.words, self.scales, self.zeros, self.order, self.group_of)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def of_expert(self, expert: int) -> "PackedGroups":
+        """One of the weights that were stacked."""
+        order, group_of = (None if tensor is None else tensor[expert] for tensor in (self.order, self.group_of))
+        return replace(
+            self,
+            words=self.words[expert],
+            scales=self.scales[expert],
+            zeros=self.zeros[expert],
+            order=order,
+            group_of=group_of,
+        )
 
 
 def pack_groups(
@@ -77,6 +92,26 @@ def pack_groups(
         group_size=group_size,
         bits=bits,
         in_size=in_size,
+    )
+
+
+def stack_groups(weights: Sequence[PackedGroups]) -> PackedGroups | None:
+    """Put the weights of experts together; None where they are not of one shape and kind."""
+    first = weights[0]
+    kinds = {
+        (w.words.shape, w.scales.shape, w.group_size, w.bits, w.order is None, w.group_of is None) for w in weights
+    }
+    if len(kinds) > 1:
+        return None
+    orders = [w.order for w in weights if w.order is not None]
+    groups = [w.group_of for w in weights if w.group_of is not None]
+    return replace(
+        first,
+        words=torch.stack([w.words for w in weights]),
+        scales=torch.stack([w.scales for w in weights]),
+        zeros=torch.stack([w.zeros for w in weights]),
+        order=torch.stack(orders) if orders else None,
+        group_of=torch.stack(groups) if groups else None,
     )
 
 

@@ -47,6 +47,11 @@ class ExpertsConfig:
     names: ExpertNames
     dense_layers: tuple[int, ...] = ()
 
+    def part_sizes(self, hidden_size: int) -> tuple[dict[str, int], dict[str, int]]:
+        """By name the output sizes of the two linears that an expert's are fused to: gate and up, and down."""
+        names, inner = self.names, self.inner_size
+        return {names.gate: inner, names.up: inner}, {names.down: hidden_size}
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:

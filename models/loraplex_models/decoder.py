@@ -119,7 +119,6 @@ class DecoderLayer:
         found = self._attention.forward(qkv, cache, plan, *angles, delta, self.head_norms())
         out, delta = self.output.project(found, lora)
         normed = self.mlp_norm.forward_added(out, residual, delta)
-        assert isinstance(self.mlp, MLP)
         out, delta = self.mlp.project(normed, lora)
         return next_norm.forward_added(out, residual, delta)
 
@@ -158,9 +157,7 @@ class CausalLM:
         self._embedding = build.embedding(config.vocab_size, config.hidden_size)
         self.layers = [self.layer_class(config, i, attention, build) for i in range(config.num_layers)]
         self._norm = self.layer_class.norm_class(config.hidden_size, config.norm_eps, dtype, device)
-        self._is_plain = (
-            self.layer_class.is_plain() and group.size == 1 and all(isinstance(layer.mlp, MLP) for layer in self.layers)
-        )
+        self._is_plain = self.layer_class.is_plain() and group.size == 1
         self._head = build.head(config.vocab_size, config.hidden_size)
 
     @property

@@ -38,10 +38,10 @@ class GroupedOnGpu:
         self, weights: Sequence[GroupedWeight], bias: Tensor | None, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.bias = bias
-        self._packed = tuple(
+        self.packed = tuple(
             pack_groups(w.numbers, w.zeros, w.scales, w.group_of, w.bits, dtype, device) for w in _joined(weights)
         )
-        self.num_bytes = sum(packed.num_bytes for packed in self._packed) + (0 if bias is None else bias.nbytes)
+        self.num_bytes = sum(packed.num_bytes for packed in self.packed) + (0 if bias is None else bias.nbytes)
 
     def apply(self, x: Tensor, addend: Tensor | None = None, deltas: Deltas | None = None) -> Tensor:
         """Return x @ weight.T + bias + addend + deltas."""
@@ -51,9 +51,9 @@ class GroupedOnGpu:
         return out
 
     def _product(self, x: Tensor, addend: Tensor | None) -> Tensor:
-        if len(self._packed) == 1:
-            return grouped_linear(x, self._packed[0], self.bias, addend)
-        out = torch.cat([grouped_linear(x, packed) for packed in self._packed], 1)
+        if len(self.packed) == 1:
+            return grouped_linear(x, self.packed[0], self.bias, addend)
+        out = torch.cat([grouped_linear(x, packed) for packed in self.packed], 1)
         for term in (self.bias, addend):
             if term is not None:
                 out += term
@@ -65,7 +65,7 @@ class GroupedOnGpu:
 
     def dequantize(self) -> Tensor:
         """Return the weight in float32."""
-        return torch.cat([unpack_groups(packed) for packed in self._packed])
+        return torch.cat([unpack_groups(packed) for packed in self.packed])
 
 
 def _joined(weights: Sequence[GroupedWeight]) -> list[GroupedWeight]:

@@ -27,10 +27,14 @@ class Keeping:
 
         Whole numbers in groups stay so where the device has a kernel for them, else they become plain weights.
         """
-        if self.on_the_fly is not None:
-            kind = self.on_the_fly.kind
-            parts = [_rounded(part, kind) for part in parts]
-        return self.plain(parts)
+        return self.plain(self.rounded(parts))
+
+    def rounded(self, parts: Sequence[LinearWeight]) -> Sequence[LinearWeight]:
+        """Quantise plain weights, where that is asked for."""
+        if self.on_the_fly is None:
+            return parts
+        kind = self.on_the_fly.kind
+        return [_rounded(part, kind) for part in parts]
 
     def plain(self, parts: Sequence[LinearWeight]) -> QuantMethod:
         """Keep the weights of what is never quantised on the fly, a router for example."""

@@ -42,23 +42,20 @@ def both_ways(
     folder: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch, *, is_plain: bool = True
 ) -> list[dict[str, torch.Tensor]]:
     """What the CPU's kernels give, and what Triton's give."""
-    model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single())
-    assert model._is_plain == is_plain
-    weights = [
-        load_adapter_weights(folder, check_adapter(folder, model.config, max_rank=64), dtype=torch.float32)
-        for folder in adapters
-    ]
     found = []
     for interprets, make in ((False, AdapterSlots), (True, lambda model, count: PagedAdapterSlots(model, count, 64))):
         monkeypatch.setattr(dispatch, "INTERPRETS", interprets)
+        model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single())
+        assert model._is_plain == is_plain
         slots = make(model, 2)
-        for slot, one in enumerate(weights):
-            slots.set(slot, one)
+        for slot, adapter in enumerate(adapters):
+            manifest = check_adapter(adapter, model.config, max_rank=64)
+            slots.set(slot, load_adapter_weights(adapter, manifest, dtype=torch.float32))
         found.append(run(model, slots))
     return found
 
 
-FUSED = ("Llama", "Qwen3")  # others go through their own layers
+FUSED = ("Llama", "Qwen3", "Mixtral", "Qwen3-MoE, one layer dense")  # others go through their own layers
 
 
 @pytest.mark.parametrize("name", [*FUSED, "Gemma 2", "Command-R"])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from loraplex_kernels.grouped_linear import PackedGroups
+    from loraplex_kernels.moe_tiles import ExpertTiles
 
 SLICE = 16
 WANTED_PROGRAMS = 264  # two for each processor of an H100 or H200
@@ -18,15 +19,32 @@ MAX_SPLITS = 16
 @triton.jit(do_not_specialize=["num_rows", "split_blocks"])
 def _multiply(
     x, x_stride, words, scales, zeros, order, group_of, planes, num_rows, in_size, out_size, num_blocks, split_blocks,
-    group_size,
+    group_size, tokens, starts, counts, experts, num_tiles, num_groups,
     BITS: tl.constexpr, SLICE: tl.constexpr, HAS_ORDER: tl.constexpr, IS_EVEN: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+    HAS_EXPERTS: tl.constexpr, IS_BY_TOKEN: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile = tl.program_id(0)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     split = tl.program_id(2)
-    is_row, is_output = row < num_rows, output < out_size
-    x_row = x + row.to(tl.int64)[:, None] * x_stride
+    is_output = output < out_size
+    row = tile * ROWS + tl.arange(0, ROWS)
+    is_row = row < num_rows
+    source = row
+    if HAS_EXPERTS:
+        if tile >= tl.load(num_tiles):
+            return
+        row = tl.load(starts + tile) + tl.arange(0, ROWS)
+        is_row = tl.arange(0, ROWS) < tl.load(counts + tile)
+        source = row
+        if IS_BY_TOKEN:
+            source = tl.load(tokens + row, mask=is_row, other=0)
+        expert = tl.load(experts + tile).to(tl.int64)
+        words += expert * num_blocks * SLICE * out_size
+        scales += expert * num_groups * out_size
+        zeros += expert * num_groups * out_size
+        order += expert * in_size
+        group_of += expert * num_blocks * SLICE * (32 // BITS)
+    x_row = x + source.to(tl.int64)[:, None] * x_stride
     PER_WORD: tl.constexpr = 32 // BITS
     s = tl.arange(0, SLICE)
     total = tl.zeros((ROWS, OUTPUTS), tl.float32)
@@ -83,14 +101,31 @@ def grouped_linear(
     x: Tensor, weight: "PackedGroups", bias: Tensor | None = None, addend: Tensor | None = None,
     num_splits: int | None = None,
 ) -> Tensor:  # fmt: skip
-    num_rows, in_size = x.shape
-    out_size = weight.words.shape[1]
-    out = x.new_empty(num_rows, out_size)
-    if num_rows == 0:
-        return out
-    num_blocks = len(weight.words) // SLICE
+    num_rows = len(x)
     rows, outputs = _tile(num_rows)
-    grid = (triton.cdiv(num_rows, rows), triton.cdiv(out_size, outputs))
+    planes = _multiply_splits(x, weight, None, False, num_rows, triton.cdiv(num_rows, rows), rows, outputs, num_splits)
+    return _sum_splits(planes, x, bias, addend)
+
+
+def grouped_expert_linear(
+    x: Tensor, weight: "PackedGroups", tiles: "ExpertTiles", is_by_token: bool, num_splits: int | None = None
+) -> Tensor:
+    num_rows, rows = len(tiles.tokens), tiles.tile_rows
+    outputs = 64 if rows <= 16 else 128
+    planes = _multiply_splits(x, weight, tiles, is_by_token, num_rows, len(tiles.starts), rows, outputs, num_splits)
+    return _sum_splits(planes, x, None, None)
+
+
+def _multiply_splits(
+    x: Tensor, weight: "PackedGroups", tiles: "ExpertTiles | None", is_by_token: bool, num_rows: int,
+    num_tiles: int, rows: int, outputs: int, num_splits: int | None,
+) -> Tensor:  # fmt: skip
+    """The product's summands [splits, num_rows, out] in float32, of programs of so many rows and outputs."""
+    in_size, out_size = weight.in_size, weight.words.shape[-1]
+    if num_rows == 0:
+        return torch.empty(1, 0, out_size, dtype=torch.float32, device=x.device)
+    num_blocks = weight.words.shape[-2] // SLICE
+    grid = (num_tiles, triton.cdiv(out_size, outputs))
     if num_splits is None:
         num_splits = max(1, min(MAX_SPLITS, WANTED_PROGRAMS // (grid[0] * grid[1])))
     split_blocks = triton.cdiv(num_blocks, min(num_splits, num_blocks))
@@ -101,9 +136,23 @@ def grouped_linear(
         weight.words if weight.order is None else weight.order,
         weight.words if weight.group_of is None else weight.group_of,
         planes, num_rows, in_size, out_size, num_blocks, split_blocks, weight.group_size,
+        *((x, x, x, x, x) if tiles is None else _tile_arguments(tiles)), weight.scales.shape[-2],
         BITS=weight.bits, SLICE=SLICE, HAS_ORDER=weight.order is not None, IS_EVEN=weight.group_of is None,
+        HAS_EXPERTS=tiles is not None, IS_BY_TOKEN=is_by_token,
         ROWS=rows, OUTPUTS=outputs, num_warps=4 if rows < 64 else 8, num_stages=3,
     )  # fmt: skip
+    return planes
+
+
+def _tile_arguments(tiles: "ExpertTiles") -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return tiles.tokens, tiles.starts, tiles.counts, tiles.experts, tiles.num_tiles
+
+
+def _sum_splits(planes: Tensor, x: Tensor, bias: Tensor | None, addend: Tensor | None) -> Tensor:
+    num_splits, num_rows, out_size = planes.shape
+    out = x.new_empty(num_rows, out_size)
+    if num_rows == 0:
+        return out
     _finish[(num_rows, triton.cdiv(out_size, 1024))](
         planes, x if bias is None else bias, x if addend is None else addend, out, num_rows, out_size,
         SPLITS=num_splits, HAS_BIAS=bias is not None, HAS_ADDEND=addend is not None, BLOCK=1024,

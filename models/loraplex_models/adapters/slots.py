@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from loraplex_kernels.dispatch import has_gpu_forms
 from loraplex_kernels.lora import LoraSegments, LoraTable
 from loraplex_models.adapters.finish import finish_end, finish_linear
 from loraplex_models.forward import LoraBatch
@@ -185,7 +186,7 @@ class AdapterSlots:
 def _expert_slots(model: "CausalLM", num_slots: int) -> ExpertSlots | None:
     """Room for pairs on experts; None where the model has no experts, or they are computed otherwise."""
     experts = model.config.experts
-    if experts is None or model.group.size > 1 or model.device.type != "cpu":
+    if experts is None or model.group.size > 1 or has_gpu_forms(model.device):
         return None
     layers = [layer.index for layer in model.layers if layer.index not in experts.dense_layers]
     sizes = (experts.inner_size, experts.inner_size), (model.config.hidden_size,)

@@ -1,16 +1,19 @@
 """A mixture of experts in place of a layer's MLP: each token goes through the few MLPs that a router chooses."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from loraplex_kernels.dispatch import has_gpu_forms
 from loraplex_kernels.moe import route_tokens, sum_experts
 from loraplex_models.checkpoint import Checkpoint
 from loraplex_models.config import ExpertsConfig
 from loraplex_models.forward import LoraBatch
 from loraplex_models.layers.build import Build
 from loraplex_models.layers.linear import Linear
+from loraplex_models.layers.tiled_moe import TiledExperts
 from loraplex_quant.method import QuantMethod
 
 
@@ -51,46 +54,52 @@ class ExpertLinear:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-class SparseMLP:
-    """The experts of a layer and their router. See `MLP`, in whose place it stands."""
-
-    linears: tuple[Linear, ...] = ()
-
-    def __init__(
-        self,
-        build: Build,
-        index: int,
-        hidden_size: int,
-        experts: ExpertsConfig,
-        activate: Callable[[Tensor], Tensor],
-    ) -> None:
-        """The MLP of the layer with that index."""
-        inner, names = experts.inner_size, experts.names
-        block = f"layers.{index}.{names.block}"
-        self._index = index
-        up_parts = {names.gate: inner, names.up: inner}
-        self._up = ExpertLinear(build, f"{block}.experts", hidden_size, up_parts, experts.num_experts)
-        self._down = ExpertLinear(build, f"{block}.experts", inner, {names.down: hidden_size}, experts.num_experts)
-        router_parts = {f"{block}.gate": experts.num_experts}
-        self._router = Linear(-1, hidden_size, router_parts, has_bias=False, keep=build.keeping.plain)
-        self._num_chosen = experts.num_chosen
-        self._rescales = experts.rescales
-        self._activate = activate
-        self._group = build.group
+class Experts(Protocol):
+    """The MLPs of all experts of a layer."""
 
     @property
     def num_bytes(self) -> int:
         """Size of the loaded weights."""
-        return self._router.num_bytes + self._up.num_bytes + self._down.num_bytes
+        ...
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take the weights from the checkpoint."""
-        for linear in (self._router, self._up, self._down):
+        ...
+
+    def forward(self, x: Tensor, scores: Tensor, lora: LoraBatch | None, addend: Tensor | None) -> Tensor:
+        """Return what each token's best experts by `scores` [T, experts] give for x [T, hidden], plus `addend`."""
+        ...
+
+
+class ListedExperts:
+    """Experts one after the other. See `Experts`."""
+
+    def __init__(
+        self, build: Build, index: int, hidden_size: int, config: ExpertsConfig, activate: Callable[..., Tensor]
+    ) -> None:
+        """Those of the layer with that index."""
+        up_parts, down_parts = config.part_sizes(hidden_size)
+        prefix = f"layers.{index}.{config.names.block}.experts"
+        self._index = index
+        self._up = ExpertLinear(build, prefix, hidden_size, up_parts, config.num_experts)
+        self._down = ExpertLinear(build, prefix, config.inner_size, down_parts, config.num_experts)
+        self._num_chosen = config.num_chosen
+        self._rescales = config.rescales
+        self._activate = activate
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the loaded weights."""
+        return self._up.num_bytes + self._down.num_bytes
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take the weights from the checkpoint."""
+        for linear in (self._up, self._down):
             linear.load(checkpoint, "model.")
 
-    def forward(self, x: Tensor, lora: LoraBatch | None, addend: Tensor | None = None) -> Tensor:
-        """Return what the chosen experts give for x [T, hidden], plus `addend`."""
-        route = route_tokens(self._router.forward(x, None), self._num_chosen, self._rescales)
+    def forward(self, x: Tensor, scores: Tensor, lora: LoraBatch | None, addend: Tensor | None) -> Tensor:
+        """Return what the chosen experts give, plus `addend`."""
+        route = route_tokens(scores, self._num_chosen, self._rescales)
         deltas = None if lora is None or lora.experts is None else lora.experts.of_layer(self._index, route)
         rows = x.index_select(0, route.tokens)
         up = self._up.forward(rows, route.starts)
@@ -100,6 +109,40 @@ class SparseMLP:
         down = self._down.forward(inner, route.starts)
         if deltas is not None:
             deltas.add(1, inner, down)
+        return sum_experts(down, route, addend)
+
+
+class SparseMLP:
+    """The experts of a layer and their router. See `MLP`, in whose place it stands."""
+
+    linears: tuple[Linear, ...] = ()
+
+    def __init__(
+        self, build: Build, index: int, hidden_size: int, config: ExpertsConfig, activate: Callable[..., Tensor]
+    ) -> None:
+        """The MLP of the layer with that index."""
+        router_parts = {f"layers.{index}.{config.names.block}.gate": config.num_experts}
+        self._router = Linear(-1, hidden_size, router_parts, has_bias=False, keep=build.keeping.plain)
+        make = TiledExperts if has_gpu_forms(build.device) else ListedExperts
+        self._experts: Experts = make(build, index, hidden_size, config, activate)
+        self._group = build.group
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the loaded weights."""
+        return self._router.num_bytes + self._experts.num_bytes
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take the weights from the checkpoint."""
+        self._router.load(checkpoint, "model.")
+        self._experts.load(checkpoint)
+
+    def project(self, x: Tensor, lora: LoraBatch | None) -> tuple[Tensor, None]:
+        """As `forward`; what adapters add is added."""
+        return self.forward(x, lora), None
+
+    def forward(self, x: Tensor, lora: LoraBatch | None, addend: Tensor | None = None) -> Tensor:
+        """Return what the chosen experts give for x [T, hidden], plus `addend`."""
         # Each rank has a part of every expert's inner units, and so a summand of what it gives.
         addend = addend if self._group.rank == 0 else None
-        return self._group.all_reduce(sum_experts(down, route, addend))
+        return self._group.all_reduce(self._experts.forward(x, self._router.forward(x, None), lora, addend))

@@ -11,10 +11,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from loraplex_kernels.gpu import activation, attention, choice, cuts, grouped_linear, kv_cache, lora, norm
-from loraplex_kernels.grouped_linear import pack_groups
+from loraplex_kernels.gpu import activation, attention, choice, cuts, grouped_linear, kv_cache, lora, moe, norm
+from loraplex_kernels.grouped_linear import pack_groups, stack_groups
 from loraplex_kernels.kv_cache import HeadNorms
 from loraplex_kernels.lora_pages import RankPages, RowDelta, make_tiles
+from loraplex_kernels.moe_tiles import ExpertTiles
 
 MAX_SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 CPU = torch.device("cpu")
@@ -84,6 +85,16 @@ def call_all(dtype: torch.dtype) -> None:
     )
     for num_rows in (1, 32, 128):
         grouped_linear.grouped_linear(numbers(num_rows, 4096), packed)
+    experts = stack_groups([packed, packed])
+    assert experts is not None
+    weight = numbers(128, 1536, 2048)
+    for num_tokens, tile_rows in ((8, 16), (64, 64)):
+        slots = torch.zeros(num_tokens, dtype=torch.int32)
+        routed = ExpertTiles(*moe.route_rows(numbers(num_tokens, 128), 8, True, slots, tile_rows), tile_rows)
+        moe.cut_rows(slots, tile_rows)
+        moe.expert_linear(numbers(num_tokens, 2048), weight, routed, True)
+        grouped_linear.grouped_expert_linear(numbers(num_tokens, 4096), experts, routed, True)
+    moe.sum_rows(numbers(512, 4096), routed, delta)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""A mixture of experts on a GPU: one product for all experts, over rows that are cut into tiles of one expert."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from loraplex_kernels.moe_tiles import ExpertTiles, route_rows, sum_rows
+from loraplex_models.checkpoint import Checkpoint, CheckpointError
+from loraplex_models.config import ExpertsConfig
+from loraplex_models.forward import LoraBatch
+from loraplex_models.layers.build import Build
+from loraplex_quant.gpu_experts import ExpertWeights, keep_experts
+
+
+class TiledExpertLinear:
+    """One linear of every expert."""
+
+    _weights: ExpertWeights  # from `load` on
+
+    def __init__(self, build: Build, prefix: str, in_size: int, parts: dict[str, int], num_experts: int) -> None:
+        """`parts` as in `Linear`, named `<prefix>.<number>.<name>` in the checkpoint."""
+        self.in_size = in_size
+        self.parts = parts
+        self._prefix = prefix
+        self._num_experts = num_experts
+        self._keeping = build.keeping
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the loaded weights."""
+        return self._weights.num_bytes
+
+    def load(self, checkpoint: Checkpoint, prefix: str) -> None:
+        """Take the weights of all experts from the checkpoint. Raises CheckpointError."""
+        experts = [
+            [
+                checkpoint.linear(f"{prefix}{self._prefix}.{expert}.{part}").read(self.in_size, size, has_bias=False)
+                for part, size in self.parts.items()
+            ]
+            for expert in range(self._num_experts)
+        ]
+        # Some quantisers write biases of zeros.
+        if any(part.bias is not None and bool(part.bias.any()) for parts in experts for part in parts):
+            raise CheckpointError(f"{prefix}{self._prefix}: experts with biases are not served on a GPU")
+        self._weights = keep_experts(experts, self._keeping)
+
+    def forward(self, x: Tensor, tiles: ExpertTiles, *, is_by_token: bool) -> Tensor:
+        """Return each row's product, [R, out]; x: [T, in] with `is_by_token`, else [R, in]."""
+        return self._weights.apply(x, tiles, is_by_token=is_by_token)
+
+
+class TiledExperts:
+    """All experts of a layer together. See `Experts`."""
+
+    def __init__(
+        self, build: Build, index: int, hidden_size: int, config: ExpertsConfig, activate: Callable[..., Tensor]
+    ) -> None:
+        """Those of the layer with that index."""
+        up_parts, down_parts = config.part_sizes(hidden_size)
+        prefix = f"layers.{index}.{config.names.block}.experts"
+        self._up = TiledExpertLinear(build, prefix, hidden_size, up_parts, config.num_experts)
+        self._down = TiledExpertLinear(build, prefix, config.inner_size, down_parts, config.num_experts)
+        self._num_chosen = config.num_chosen
+        self._rescales = config.rescales
+        self._activate = activate
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the loaded weights."""
+        return self._up.num_bytes + self._down.num_bytes
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take the weights from the checkpoint. Raises CheckpointError."""
+        for linear in (self._up, self._down):
+            linear.load(checkpoint, "model.")
+
+    def forward(self, x: Tensor, scores: Tensor, lora: LoraBatch | None, addend: Tensor | None) -> Tensor:
+        """Return what the chosen experts give, plus `addend`."""
+        tiles = route_rows(scores, self._num_chosen, self._rescales)
+        inner = self._activate(self._up.forward(x, tiles, is_by_token=True))
+        out = sum_rows(self._down.forward(inner, tiles, is_by_token=False), tiles)
+        return out if addend is None else out + addend
