@@ -63,9 +63,9 @@ class OfflineEngine:
 
         from loraplex_models.checkpoint import CheckpointError
         from loraplex_models.parallel import RanksLost
-        from loraplex_server.engine.forward_pass import free_kv_bytes
         from loraplex_server.engine.memory import NotEnoughMemory, settle_group_limits
         from loraplex_server.engine.process import build_engine, load_base_model
+        from loraplex_server.engine.profile import free_kv_bytes
 
         if wanted_threads:
             torch.set_num_threads(wanted_threads)

@@ -48,7 +48,7 @@ class Engine:
             self.blocks,
             self.adapters,
             max_batch_size=config.max_batch_size,
-            max_prefill_tokens=config.max_batch_prefill_tokens,
+            max_prefill_tokens=config.prefill_tokens,
             end_token_ids=end_token_ids,
             starvation_bound_s=config.starvation_bound_s,
         )

@@ -6,18 +6,13 @@ from torch import Tensor
 from loraplex_models.adapters.paged_slots import PagedAdapterSlots
 from loraplex_models.adapters.slots import AdapterSlots
 from loraplex_models.decoder import CausalLM
-from loraplex_server.config import EngineConfig
 from loraplex_server.engine.batch_builder import BatchBuilder
 from loraplex_server.engine.device_batch import DeviceBatchBuilder
 from loraplex_server.engine.graphs import Capture, CudaCapture, DecodeGraphs
-from loraplex_server.engine.memory import settle_adapter_budgets
 from loraplex_server.engine.step import StepPlan
 
 # How decodes are made repeatable where there is no GPU; tests have them computed anew.
 CAPTURE_ON_CPU: Capture | None = None
-
-# For captured graphs, their workspaces, and what the allocator loses between blocks.
-GRAPHS_BYTES = 2 << 30
 
 
 class ForwardPass:
@@ -75,34 +70,3 @@ class ForwardPass:
                 if logits is not None:
                     return logits
         return self._model.forward(self._builder.batch(plan, arrays), self._kv_cache)
-
-
-def free_kv_bytes(config: EngineConfig, model: CausalLM) -> int | None:
-    """What a GPU has left for the KV cache: beside the adapters' budget, the widest step and the graphs.
-
-    None on a CPU. Raises NotEnoughMemory where the adapters' budget cannot be read.
-    """
-    if model.device.type != "cuda":
-        return None
-    slots = PagedAdapterSlots(model, 1, config.adapters.max_lora_rank)
-    working = working_bytes(model, slots, config.max_batch_prefill_tokens, config.block_size)
-    free, total = torch.cuda.mem_get_info(model.device)
-    adapters = settle_adapter_budgets(config.adapters, "cuda").device_bytes
-    return int(free - (1 - config.cuda_memory_fraction) * total) - adapters - working - GRAPHS_BYTES
-
-
-def working_bytes(model: CausalLM, slots: PagedAdapterSlots, num_tokens: int, block_size: int) -> int:
-    """What a step of that many tokens takes on the GPU beside weights, KV cache and adapters: by running one."""
-    num_blocks = -(-num_tokens // block_size)
-    cache = model.new_kv_cache(num_blocks, block_size)
-    builder = DeviceBatchBuilder(1, num_blocks, block_size, slots, model.device)
-    with torch.inference_mode():
-        batch = builder.widest_batch(num_tokens)
-        before = torch.cuda.memory_allocated(model.device)
-        torch.cuda.reset_peak_memory_stats(model.device)
-        model.forward(batch, cache)
-    torch.cuda.synchronize(model.device)
-    taken = torch.cuda.max_memory_allocated(model.device) - before
-    del cache
-    torch.cuda.empty_cache()
-    return taken

@@ -27,10 +27,10 @@ from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.device_sampler import make_sampler
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.executor import LocalExecutor
-from loraplex_server.engine.forward_pass import free_kv_bytes
 from loraplex_server.engine.guided import GrammarLibrary, GuidedRows
 from loraplex_server.engine.heartbeat import Heartbeat
 from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_group_limits
+from loraplex_server.engine.profile import free_kv_bytes
 from loraplex_server.engine.shards import GroupExecutor, follow
 from loraplex_server.engine.worker import Worker
 from loraplex_server.link import EngineLink
@@ -283,7 +283,7 @@ def _ready(config: EngineConfig, model: CausalLM, limits: Limits, adapters: Adap
     return EngineReady(
         max_input_tokens=limits.max_input_tokens,
         max_total_tokens=limits.max_total_tokens,
-        max_batch_prefill_tokens=config.max_batch_prefill_tokens,
+        max_batch_prefill_tokens=config.prefill_tokens,
         max_batch_total_tokens=limits.num_kv_blocks * config.block_size,
         max_batch_size=config.max_batch_size,
         num_kv_blocks=limits.num_kv_blocks,

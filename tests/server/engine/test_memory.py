@@ -64,6 +64,25 @@ def test_a_promise_that_the_cache_cannot_keep_is_refused_with_its_flags() -> Non
         settle(num_kv_blocks=4, max_total_tokens=65)
 
 
+def test_a_gpu_refuses_more_blocks_than_it_has_left_and_names_its_own_flags() -> None:
+    model = SimpleNamespace(max_positions=1024)
+
+    def settle_gpu(**settings: Any) -> Limits:
+        return settle_limits(EngineConfig(**settings), model, BLOCK_BYTES, 9 * BLOCK_BYTES)  # type: ignore[arg-type]
+
+    assert settle_gpu().num_kv_blocks == settle_gpu(num_kv_blocks=9).num_kv_blocks == 9
+    for settings in ({"num_kv_blocks": 10}, {"max_batch_total_tokens": 145}):
+        with pytest.raises(NotEnoughMemory, match=r"10 KV blocks of 16 tokens.* --num-kv-blocks"):
+            settle_gpu(**settings)
+    with pytest.raises(NotEnoughMemory, match="--cuda-memory-fraction"):
+        settle_gpu(max_total_tokens=145)
+
+
+def test_the_chunk_of_a_prompt_depends_on_the_device_unless_it_was_given() -> None:
+    assert (EngineConfig().prefill_tokens, EngineConfig(device="cuda").prefill_tokens) == (512, 2048)
+    assert EngineConfig(device="cuda", max_batch_prefill_tokens=7).prefill_tokens == 7
+
+
 def test_no_memory_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     free_memory(monkeypatch, BLOCK_BYTES)
     with pytest.raises(NotEnoughMemory, match="--kv-memory-fraction"):
