@@ -36,7 +36,7 @@ demo-model: setup
 	$(BIN)/python -c "from loraplex import demo; print(demo.prepare())"
 
 test: setup check
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 # Needs a package index, and node with npm; what it installs is kept in .cache/clients.
 test-clients: setup

@@ -1,4 +1,4 @@
-"""What all tests share: one thread a process, fixed draws, no clock, and how they are dealt to processes.
+"""What all tests share: one thread a process, and how they are dealt to processes.
 
 Where there is no GPU, Triton runs its kernels in its interpreter; it must be told before it is first imported, which
 transformers does. Where there is one, the same tests run the kernels compiled.
@@ -6,9 +6,9 @@ transformers does. Where there is one, the same tests run the kernels compiled.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 # Tests beside each other do not wait for each other's spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,8 +17,6 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TESTS = Path(__file__).parent
-settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("steady")
 
 
 # What the processes of pytest-xdist begin with: servers, which compile the kernels if these are new, and beside them
@@ -26,13 +24,22 @@ settings.load_profile("steady")
 FIRST = ("e2e", "server/api")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep a file in one process, and all servers in one: they want a core of their own."""
+    from xdist.scheduler import LoadScopeScheduling  # where tests run in one process, it need not be installed
+
+    class FileScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "e2e" if "/e2e/" in file else file
+
+    return FileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests into the order in which files are dealt."""
     items.sort(key=_turn)
-    for item in items:
-        path = _path(item)
-        item.add_marker(pytest.mark.xdist_group("e2e" if path.startswith("e2e/") else path))
 
 
 def _turn(item: pytest.Item) -> tuple[int, bool]:

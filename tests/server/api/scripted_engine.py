@@ -1,6 +1,7 @@
 """A server for tests: the real app and EngineClient over a link to an engine that follows a script."""
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -256,6 +257,11 @@ class TestServer:
         await self.settled()
 
 
+@functools.cache
+def _template(source: str) -> ChatTemplate:
+    return ChatTemplate(source, {"eos_token": ";"})
+
+
 @asynccontextmanager
 async def api_server(
     engine: ScriptedEngine | None = None,
@@ -297,7 +303,7 @@ async def api_server(
             config.api, limits, tokenizer, finder, prefill_logprobs=prefill_logprobs, check_guide=check_guide
         )
         generator = Generator(admission, client, tokenizer, metrics)
-        template = ChatTemplate(chat_template, {"eos_token": ";"}) if chat_template else None
+        template = _template(chat_template) if chat_template else None
         own_templates = config.api.adapter_chat_templates
         state.start_serving(
             Serving(generator, limits, template, config.api.tool_call_parser, adapters_bring_templates=own_templates)
