@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from loraplex_models.adapters.slots import NO_SLOT, AdapterSlots
 from loraplex_models.forward import AttentionBatch, ForwardBatch
@@ -13,7 +14,10 @@ from loraplex_server.engine.step import ScheduledSequence, StepPlan
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
-    """A step's numbers, of the shapes that `ForwardBatch` and `AttentionBatch` name; and its runs of one adapter."""
+    """A step's numbers, of the shapes that `ForwardBatch` and `AttentionBatch` name; and its runs of one adapter.
+
+    A negative token is the one that its row, by `token_rows` [T] int64, chose last; no rows where there is none.
+    """
 
     token_ids: NDArray[np.int64]
     positions: NDArray[np.int64]
@@ -25,6 +29,7 @@ class StepArrays:
     max_query_len: int
     max_seq_len: int
     segments: tuple[tuple[int, ...], tuple[int, ...]]
+    token_rows: NDArray[np.int64] | None
 
 
 class BatchBuilder:
@@ -41,9 +46,12 @@ class BatchBuilder:
         """Empty a row's block table."""
         self._num_blocks[row] = 0
 
-    def build(self, plan: StepPlan) -> ForwardBatch:
-        """The step's tensors. Rows that give logits: each chunk's last token if it samples, all if it has targets."""
-        return self.batch(plan, self.arrays(plan))
+    def build(self, plan: StepPlan, last_token_ids: Tensor | None = None) -> ForwardBatch:
+        """The step's tensors. Rows that give logits: each chunk's last token if it samples, all if it has targets.
+
+        last_token_ids: [rows] int64, what each row chose last, for plans with tokens that nobody has read.
+        """
+        return self.batch(plan, self.arrays(plan), last_token_ids)
 
     def arrays(self, plan: StepPlan) -> "StepArrays":
         """The step's numbers. Each step's plan must come here once: it grows the block tables."""
@@ -59,7 +67,8 @@ class BatchBuilder:
         # Positions run start, start + 1, … within each sequence.
         positions = np.arange(len(token_ids), dtype=np.int64) + np.repeat(starts - query_start[:-1], lengths)
         blocks, offsets = np.divmod(positions, self._block_size)
-        slot_mapping = self._block_table[np.repeat(rows, lengths), blocks].astype(np.int64) * self._block_size + offsets
+        token_rows = np.repeat(rows, lengths)
+        slot_mapping = self._block_table[token_rows, blocks].astype(np.int64) * self._block_size + offsets
         seq_lens = starts + lengths
         max_seq_len = int(seq_lens.max())
         block_table = self._block_table[rows, : -(-max_seq_len // self._block_size)]
@@ -76,12 +85,16 @@ class BatchBuilder:
             max_query_len=int(lengths.max()),
             max_seq_len=max_seq_len,
             segments=_segments(sequences),
+            token_rows=token_rows if token_ids.min() < 0 else None,
         )
 
-    def batch(self, plan: StepPlan, arrays: "StepArrays") -> ForwardBatch:
+    def batch(self, plan: StepPlan, arrays: "StepArrays", last_token_ids: Tensor | None = None) -> ForwardBatch:
         """The step's tensors, from its numbers."""
+        token_ids = self._tensor(arrays.token_ids)
+        if arrays.token_rows is not None:
+            put_chosen_tokens(token_ids, self._tensor(arrays.token_rows), last_token_ids)
         return ForwardBatch(
-            token_ids=self._tensor(arrays.token_ids),
+            token_ids=token_ids,
             positions=self._tensor(arrays.positions),
             sample_rows=self._tensor(arrays.sample_rows),
             attention=AttentionBatch(
@@ -103,8 +116,17 @@ class BatchBuilder:
             self._block_table[sequence.row, start:end] = sequence.new_block_ids
             self._num_blocks[sequence.row] = end
 
-    def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
+    def _tensor(self, values: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(values).to(self._device)
+
+
+def put_chosen_tokens(token_ids: Tensor, token_rows: Tensor, last_token_ids: Tensor | None) -> None:
+    """Put in place of each negative token what its row chose last; nothing waits for the device.
+
+    token_ids, token_rows: [T] int64; last_token_ids: [rows] int64.
+    """
+    assert last_token_ids is not None, "a plan has tokens that nobody has read, and they are not at hand"
+    torch.where(token_ids < 0, last_token_ids.index_select(0, token_rows), token_ids, out=token_ids)
 
 
 def _sample_rows(sequences: list[ScheduledSequence], query_start: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from loraplex_kernels.lora import LoraSegments
 from loraplex_kernels.lora_pages import DECODE_TILE_ROWS, PREFILL_TILE_ROWS, LinearPages, RowTiles, cut_tiles
@@ -12,7 +13,7 @@ from loraplex_models.adapters.paged_slots import PagedAdapterSlots
 from loraplex_models.adapters.slots import NO_SLOT
 from loraplex_models.forward import AttentionBatch, ForwardBatch, LoraBatch
 from loraplex_models.layers.block_attention import NO_WINDOW
-from loraplex_server.engine.batch_builder import BatchBuilder, StepArrays
+from loraplex_server.engine.batch_builder import BatchBuilder, StepArrays, put_chosen_tokens
 from loraplex_server.engine.staging import StagedInputs, send_arrays
 from loraplex_server.engine.step import ScheduledSequence, StepPlan
 
@@ -28,7 +29,7 @@ class DeviceBatchBuilder(BatchBuilder):
         super().__init__(num_rows, max_blocks, block_size, slots, device)
         self._paged_slots = slots
 
-    def batch(self, plan: StepPlan, arrays: StepArrays) -> ForwardBatch:
+    def batch(self, plan: StepPlan, arrays: StepArrays, last_token_ids: Tensor | None = None) -> ForwardBatch:
         """The step's tensors, from its numbers."""
         tile_rows = DECODE_TILE_ROWS if arrays.max_query_len == 1 else PREFILL_TILE_ROWS
         tiles = np.array(cut_tiles(*arrays.segments, tile_rows), np.int32).reshape(3, -1)
@@ -37,11 +38,14 @@ class DeviceBatchBuilder(BatchBuilder):
             [
                 arrays.token_ids, arrays.positions, arrays.sample_rows, arrays.query_start, arrays.seq_lens,
                 arrays.block_table, arrays.slot_mapping, tiles, count, _row_slots(arrays),
+                *([arrays.token_rows] if arrays.token_rows is not None else []),
             ],
             self._device,
         )  # fmt: skip
         token_ids, positions, sample_rows, query_start, seq_lens, block_table, slot_mapping = sent[:7]
-        on_device, num_tiles, row_slots = sent[7:]
+        on_device, num_tiles, row_slots = sent[7:10]
+        if arrays.token_rows is not None:
+            put_chosen_tokens(token_ids, sent[10], last_token_ids)
         row_tiles = RowTiles(on_device[0], on_device[1], on_device[2], num_tiles, row_slots, tile_rows)
         return ForwardBatch(
             token_ids=token_ids,
@@ -67,7 +71,7 @@ class DeviceBatchBuilder(BatchBuilder):
         )
         plan = StepPlan(step_id=0, sequences=[sequence])
         self.start_row(0)
-        batch = self.batch(plan, self.arrays(plan))
+        batch = self.build(plan)
         none = torch.zeros(1, dtype=torch.int32, device=self._device)
         rows = torch.full((num_tokens,), NO_SLOT, dtype=torch.int32, device=self._device)
         tiles = RowTiles(none, none, none, none, rows, PREFILL_TILE_ROWS)
@@ -91,11 +95,14 @@ class FixedDecodes:
         self._inputs = StagedInputs(
             [
                 ((size,), long), ((size,), long), ((size,), long), ((size,), short), ((size, max_blocks), short),
-                ((3, size), short), ((1,), short), ((size,), short),
+                ((3, size), short), ((1,), short), ((size,), short), ((size,), long),
             ],
             device,
         )  # fmt: skip
-        token_ids, positions, slot_mapping, seq_lens, block_table, tiles, num_tiles, row_slots = self._inputs.tensors
+        token_ids, positions, slot_mapping, seq_lens, block_table, tiles, num_tiles, row_slots, token_rows = (
+            self._inputs.tensors
+        )
+        self._token_rows = token_rows
         rows = RowTiles(tiles[0], tiles[1], tiles[2], num_tiles, row_slots, DECODE_TILE_ROWS)
         self.batch = ForwardBatch(
             token_ids=token_ids,
@@ -114,9 +121,11 @@ class FixedDecodes:
         )
         self.fill(None)
 
-    def fill(self, arrays: StepArrays | None) -> None:
-        """Bring a step's decodes in; None: no sequence at all."""
-        token_ids, positions, slot_mapping, seq_lens, block_table, tiles, num_tiles, row_slots = self._inputs.write()
+    def fill(self, arrays: StepArrays | None, last_token_ids: Tensor | None = None) -> None:
+        """Bring a step's decodes in; None: no sequence at all. See `BatchBuilder.build`."""
+        token_ids, positions, slot_mapping, seq_lens, block_table, tiles, num_tiles, row_slots, token_rows = (
+            self._inputs.write()
+        )
         count = 0 if arrays is None else len(arrays.seq_lens)
         token_ids[count:], positions[count:], seq_lens[count:], row_slots[count:] = 0, 0, 0, NO_SLOT
         slot_mapping[count:] = self._spare_cell
@@ -131,7 +140,13 @@ class FixedDecodes:
             cut = np.array(cut_tiles(*arrays.segments, DECODE_TILE_ROWS), np.int32).reshape(3, -1)
             tiles[:, : cut.shape[1]] = cut
             num_tiles[0] = cut.shape[1]
+        chosen = None if arrays is None else arrays.token_rows
+        token_rows[:] = 0
+        if chosen is not None:
+            token_rows[:count] = chosen
         self._inputs.send()
+        if chosen is not None:
+            put_chosen_tokens(self.batch.token_ids, self._token_rows, last_token_ids)
 
 
 def _row_slots(arrays: StepArrays) -> NDArray[np.int32]:

@@ -1,7 +1,9 @@
 """The engine: requests in, tokens out, a step at a time. It knows no sockets and no model, only plans and results."""
 
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 
@@ -23,8 +25,20 @@ from loraplex_server.messages import AdapterSpec, GenerateRequest, StepOutput, T
 STATS_INTERVAL_S = 0.05
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was launched and not read yet."""
+
+    plan: StepPlan
+    began: float
+
+
 class Engine:
-    """Scheduler, adapters and ranks of one base model."""
+    """Scheduler, adapters and ranks of one base model.
+
+    With `runs_ahead` a step is planned and launched before the tokens of the one before are read: on a GPU the host
+    works while the device does. Otherwise each step is read before the next is planned.
+    """
 
     def __init__(
         self,
@@ -35,6 +49,7 @@ class Engine:
         end_token_ids: frozenset[int],
         grammars: GrammarLibrary | None = None,
         device_bytes_of: Callable[[AdapterSpec], int] = lambda spec: spec.num_bytes,
+        runs_ahead: bool = False,
     ):
         self.blocks = BlockManager(num_kv_blocks, config.block_size, prefix_caching=config.prefix_caching)
         budgets = settle_adapter_budgets(config.adapters, config.device)
@@ -53,6 +68,10 @@ class Engine:
             starvation_bound_s=config.starvation_bound_s,
         )
         self._executor = executor
+        self._num_ahead = int(runs_ahead)  # steps left in flight when `step` returns
+        self._in_flight: deque[_Flight] = deque()
+        self.is_idle = False  # the last step found nothing to do: neither a plan nor a step in flight
+        self._read_at = 0.0  # when a step was read last; time.perf_counter
         self._grammars = grammars
         self._sequences: dict[str, Sequence] = {}
         self._compiling: list[Sequence] = []  # in none of the scheduler's lists until their grammar is compiled
@@ -66,7 +85,7 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step could do something, now or when an adapter has arrived."""
         adapters = self.adapters
-        return bool(self._sequences or self._refused or adapters.has_ops or adapters.num_loading)
+        return bool(self._sequences or self._refused or self._in_flight or adapters.has_ops or adapters.num_loading)
 
     def add(self, request: GenerateRequest) -> None:
         """Take in a request; a reason why it cannot run comes with the next step's output."""
@@ -121,7 +140,10 @@ class Engine:
             self._grammars.close()
 
     def step(self) -> StepOutput | None:
-        """Plan, execute, advance. None when nothing could run and there is nothing to say."""
+        """Plan, execute, advance. None when there is nothing to say.
+
+        Running ahead: plan and launch a step, then advance by the one before.
+        """
         for load in self._executor.finished_loads():
             self.adapters.finished(load)
             self._has_news = True
@@ -133,12 +155,24 @@ class Engine:
         if plan is not None:
             began = time.perf_counter()
             self._executor.launch(plan)
-            result = self._executor.collect()
-            outputs += self._advance(plan, result)
-            if plan.sequences:
-                self._stats.count_step(plan, result, time.perf_counter() - began)
-                self._has_news = True
+            self._in_flight.append(_Flight(plan, began))
+        self.is_idle = not self._in_flight
+        if self._in_flight and (plan is None or len(self._in_flight) > self._num_ahead):
+            outputs += self._read(self._in_flight.popleft())
         return self._report(outputs)
+
+    def _read(self, flight: _Flight) -> list[TokenOutput]:
+        """Wait for the results of the step launched first, and take them in."""
+        result = self._executor.collect()
+        outputs = self._advance(flight.plan, result)
+        if flight.plan.sequences:
+            now = time.perf_counter()
+            # What it took beside the step before it.
+            step_s = now - max(flight.began, self._read_at)
+            self._read_at = now
+            self._stats.count_step(flight.plan, result, step_s, sum(len(output.token_ids) for output in outputs))
+            self._has_news = True
+        return outputs
 
     def _schedule(self, sequence: Sequence) -> None:
         reason = self.scheduler.add(sequence)

@@ -1,5 +1,6 @@
-"""Run a StepPlan on all ranks. Launch and collect are two calls, so that planning can later overlap a running step."""
+"""Run a StepPlan on all ranks. Launch and collect are two calls: another step may be launched between them."""
 
+from collections import deque
 from typing import Protocol
 
 from loraplex_server.engine.adapters.host_cache import FinishedLoad
@@ -14,7 +15,7 @@ class Executor(Protocol):
         """Start a step on every rank."""
 
     def collect(self) -> StepResult:
-        """Wait for the result of the step launched last."""
+        """Wait for the result of the step launched first of those that were not collected."""
 
     def finished_loads(self) -> list[FinishedLoad]:
         """Loads of adapters, into host memory or onto the device, that ended since the last call; never waits."""
@@ -28,17 +29,15 @@ class LocalExecutor:
 
     def __init__(self, worker: Worker):
         self._worker = worker
-        self._result: StepResult | None = None
+        self._results: deque[StepResult] = deque()
 
     def launch(self, plan: StepPlan) -> None:
         """Compute the step."""
-        self._result = self._worker.execute(plan)
+        self._results.append(self._worker.execute(plan))
 
     def collect(self) -> StepResult:
         """The step's result."""
-        assert self._result is not None, "collect without launch"
-        result, self._result = self._result, None
-        return result
+        return self._results.popleft()
 
     def finished_loads(self) -> list[FinishedLoad]:
         """Loads of adapters that ended since the last call."""

@@ -60,13 +60,16 @@ class ForwardPass:
             with torch.inference_mode():
                 self._graphs.capture_all()
 
-    def run(self, plan: StepPlan) -> Tensor:
-        """Return the logits of the rows that give some, [S, vocab], valid until the next step."""
+    def run(self, plan: StepPlan, last_token_ids: Tensor | None = None) -> Tensor:
+        """Return the logits of the rows that give some, [S, vocab], valid until the next step.
+
+        last_token_ids: see `BatchBuilder.build`.
+        """
         arrays = self._builder.arrays(plan)
         if self._graphs is not None:
             used = {sequence.slot for sequence in plan.sequences if sequence.slot >= 0}
             if not self._slots.bring_extras(used):
-                logits = self._graphs.run(plan, arrays, has_adapters=bool(used))
+                logits = self._graphs.run(plan, arrays, has_adapters=bool(used), last_token_ids=last_token_ids)
                 if logits is not None:
                     return logits
-        return self._model.forward(self._builder.batch(plan, arrays), self._kv_cache)
+        return self._model.forward(self._builder.batch(plan, arrays, last_token_ids), self._kv_cache)

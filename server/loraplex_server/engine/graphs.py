@@ -52,13 +52,18 @@ class DecodeGraphs:
         self._sizes = graph_sizes(max_batch_size)
         self._captured: dict[tuple[int, bool], tuple[FixedDecodes, Replay]] = {}
 
-    def run(self, plan: StepPlan, arrays: StepArrays, *, has_adapters: bool) -> Tensor | None:
-        """Return the logits of a step's decodes, [B, vocab], valid until the next step; None where no graph fits it."""
+    def run(
+        self, plan: StepPlan, arrays: StepArrays, *, has_adapters: bool, last_token_ids: Tensor | None = None
+    ) -> Tensor | None:
+        """Return the logits of a step's decodes, [B, vocab], valid until the next step; None where no graph fits it.
+
+        last_token_ids: see `BatchBuilder.build`.
+        """
         if plan.num_decodes != len(plan.sequences) or len(arrays.sample_rows) != plan.num_decodes:
             return None
         size = next(size for size in self._sizes if size >= plan.num_decodes)
         decodes, replay = self._graph(size, has_adapters)
-        decodes.fill(arrays)
+        decodes.fill(arrays, last_token_ids)
         return replay()[: plan.num_decodes]
 
     def capture_all(self) -> None:

@@ -7,6 +7,10 @@ order. When blocks run out the youngest running sequence is preempted: it gives 
 later. The oldest one is never preempted for a younger one, so it always moves on, and a request that fits the whole
 cache (checked at admission) cannot deadlock.
 
+A step may be planned while the one before is in flight: its tokens are counted, but their values are not known. Who
+leaves meanwhile keeps its row, its blocks and the pin on its adapter until the last step that names it was read, so
+that nobody else is given what a step in flight still reads or writes. Nobody is preempted then: the step is read first.
+
 A hard bound stands above fairness: a sequence that has waited longer than it comes before all others, and where it
 lacks a row, blocks or room for its adapter, sequences that have run for as long give way to it.
 """
@@ -65,7 +69,9 @@ class Scheduler:
         self._clock = clock
         self._free_rows = list(range(max_batch_size - 1, -1, -1))
         self._row_ends: list[int] = []
-        self._step_id = 0
+        self._step_id = 0  # of the step planned last
+        self._read_step_id = 0  # of the step read last; the ones between are in flight
+        self._leaving: list[Sequence] = []  # have ended, and are in a step in flight
         self._no_room: str | None = None  # the adapter that pressed in the last step and found no room
         # The adapter whose place an overdue one is to take, and the turn of that one: later ones are held back.
         self._giving_way: str | None = None
@@ -85,7 +91,7 @@ class Scheduler:
         return reason
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and give back all it holds."""
+        """Take a sequence out, wherever it is; all it holds is given back when no step in flight names it."""
         if sequence.status is Status.RUNNING:
             self._stop(sequence)
         elif sequence.status is Status.WAITING:
@@ -106,9 +112,12 @@ class Scheduler:
         return failed
 
     def schedule(self) -> StepPlan | None:
-        """Decide the next step; None when there is nothing that could run now."""
+        """Decide the next step; None when nothing could run now, or not before the step in flight is read."""
         now = self._clock()
-        self._make_way(now)
+        if self._is_in_flight and self._is_short_of_blocks():
+            return None
+        if not self._make_way(now):
+            return None
         decodes: list[ScheduledSequence] = []
         chunks: list[ScheduledSequence] = []
         starts: list[RowStart] = []
@@ -117,12 +126,14 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for an older one, earlier in this loop
+            if sequence.num_pending_tokens and not sequence.can_run_ahead:
+                continue
             if sequence.num_uncomputed_tokens > 1:
                 half_read.append(sequence)
                 continue
             new_block_ids = self._extend(sequence)
             if new_block_ids is not None:
-                decodes.append(_scheduled(sequence, 1, new_block_ids))
+                decodes.append(self._plan(sequence, 1, new_block_ids))
                 self.waiting.charge(sequence.tenant, OUTPUT_TOKEN_COST)
         # What was just given back is for those that run.
         may_start = self.num_preemptions == preemptions_before
@@ -145,15 +156,18 @@ class Scheduler:
 
     def advance(self, plan: StepPlan, token_ids: dict[int, int]) -> list[Progress]:
         """Take in a step's result: `token_ids` by row, for the rows that sampled. A negative id: no valid token."""
+        self._read_step_id = plan.step_id
+        if self._leaving:
+            self._let_go()
         by_row = {sequence.row: sequence for sequence in self.running}
         progress: list[Progress] = []
         for planned in plan.sequences:
             sequence = by_row.get(planned.row)
             if sequence is None:
                 continue  # left while the step ran
-            sequence.num_computed_tokens += len(planned.token_ids)
-            self._commit_blocks(sequence)
+            self._commit_blocks(sequence, planned.start + len(planned.token_ids))
             if planned.samples:
+                sequence.num_pending_tokens -= 1
                 progress.append(self._append(sequence, token_ids[planned.row]))
         return progress
 
@@ -211,8 +225,8 @@ class Scheduler:
             is_decode = sequence.num_uncomputed_tokens == 1
             count = min(sequence.num_uncomputed_tokens, budget)
             budget -= count
-            (decodes if is_decode else chunks).append(_scheduled(sequence, count, list(new_block_ids)))
             self._charge_prompt(sequence, sequence.num_computed_tokens + count)
+            (decodes if is_decode else chunks).append(self._plan(sequence, count, list(new_block_ids)))
 
     def _charge_prompt(self, sequence: Sequence, end: int) -> None:
         """Charge for the tokens up to `end`, except those of the cached head and those computed a second time."""
@@ -254,18 +268,24 @@ class Scheduler:
             wanted[lane.digest] |= now - lane.head.waiting_since >= AFFINITY_S
         self._no_room = self._adapters.want(wanted)
 
-    def _make_way(self, now: float) -> None:
-        """Let who was passed over for longer than the bound have what it lacks, from those that have had a turn."""
+    def _make_way(self, now: float) -> bool:
+        """Let who was passed over for longer than the bound have what it lacks, from those that have had a turn.
+
+        False: the step in flight must be read before those can give way.
+        """
         self._giving_way = None
         overdue = [lane for lane in self.waiting.lanes() if lane.passed_over_s(now) >= self._starvation_bound_s]
         for lane in sorted(overdue, key=lambda lane: self._turn_of(lane, now)):
             victims = self._victims_for(lane, now)
             if all(give_way.has_had_its_turn(s, now, self._starvation_bound_s) for s in victims):
+                if victims and self._is_in_flight:
+                    return False
                 for sequence in reversed(victims):
                     self._preempt(sequence)
             if victims or self._giving_way is not None:
                 self._overdue_turn = self._turn_of(lane, now)
-                return
+                return True
+        return True
 
     def _victims_for(self, lane: Lane, now: float) -> Sequences[Sequence]:
         if not self._is_ready(lane.digest):
@@ -318,9 +338,23 @@ class Scheduler:
             num_output_tokens=sequence.num_output_tokens,
         )
 
+    @property
+    def _is_in_flight(self) -> bool:
+        return self._read_step_id < self._step_id
+
+    def _is_short_of_blocks(self) -> bool:
+        """Whether not all running sequences can have a block where they need one for their next token."""
+        if self._blocks.num_free >= len(self.running):
+            return False
+        some = (s for s in self.running if not s.num_pending_tokens or s.can_run_ahead)
+        return sum(max(self._num_missing_blocks(s), 0) for s in some) > self._blocks.num_free
+
+    def _num_missing_blocks(self, sequence: Sequence) -> int:
+        return self._blocks.num_blocks_for(sequence.num_computed_tokens + 1) - len(sequence.block_ids)
+
     def _extend(self, sequence: Sequence) -> list[int] | None:
         """Blocks for one more token of a running sequence, preempting younger ones; None if it must go itself."""
-        needed = self._blocks.num_blocks_for(sequence.num_computed_tokens + 1) - len(sequence.block_ids)
+        needed = self._num_missing_blocks(sequence)
         while needed > self._blocks.num_free:
             victim = self.running[-1]
             self._preempt(victim)
@@ -331,7 +365,9 @@ class Scheduler:
         return new_block_ids
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._stop(sequence, will_return=True)
+        assert not self._is_in_flight, "a sequence is preempted before its tokens are read"
+        self.running.remove(sequence)
+        self._give_back(sequence, will_return=True)
         sequence.status = Status.WAITING
         sequence.num_charged_tokens = max(sequence.num_charged_tokens, sequence.num_computed_tokens)
         sequence.num_computed_tokens = 0
@@ -342,8 +378,23 @@ class Scheduler:
         self.waiting.add(sequence)
         self.num_preemptions += 1
 
-    def _stop(self, sequence: Sequence, *, will_return: bool = False) -> None:
+    def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        if sequence.last_step > self._read_step_id:
+            self._leaving.append(sequence)
+        else:
+            self._give_back(sequence)
+
+    def _let_go(self) -> None:
+        """Take back what sequences hold that have ended and are in no step in flight any more."""
+        leaving, self._leaving = self._leaving, []
+        for sequence in leaving:
+            if sequence.last_step > self._read_step_id:
+                self._leaving.append(sequence)
+            else:
+                self._give_back(sequence)
+
+    def _give_back(self, sequence: Sequence, *, will_return: bool = False) -> None:
         self._blocks.free(sequence.block_ids)
         sequence.block_ids = []
         self._free_rows.append(sequence.row)
@@ -352,28 +403,33 @@ class Scheduler:
         if sequence.request.adapter_digest:
             self._adapters.release(sequence.request.adapter_digest, will_return=will_return)
 
-    def _commit_blocks(self, sequence: Sequence) -> None:
-        """Name the blocks whose cells are all computed."""
+    def _commit_blocks(self, sequence: Sequence, num_tokens: int) -> None:
+        """Name the blocks whose cells are all computed, by the steps that were read: those of so many tokens."""
         size = self._blocks.block_size
-        num_full = sequence.num_computed_tokens // size
+        num_full = num_tokens // size
         hashes = sequence.hashes(num_full, size)
         for index in range(sequence.num_committed_blocks, num_full):
             self._blocks.commit(hashes[index], sequence.block_ids[index])
         sequence.num_committed_blocks = num_full
 
-
-def _scheduled(sequence: Sequence, count: int, new_block_ids: list[int]) -> ScheduledSequence:
-    end = sequence.num_computed_tokens + count
-    targets: list[int] = []
-    if sequence.prompt_logprobs is not None and sequence.num_computed_tokens < sequence.num_prompt_tokens - 1:
-        targets = sequence.token_ids[sequence.num_computed_tokens + 1 : min(end + 1, sequence.num_prompt_tokens)]
-    return ScheduledSequence(
-        row=sequence.row,
-        token_ids=list(sequence.uncomputed(count)),
-        start=sequence.num_computed_tokens,
-        new_block_ids=new_block_ids,
-        slot=sequence.slot,
-        samples=end == len(sequence.token_ids),
-        target_ids=targets,
-        num_base_tokens=sequence.num_base_tokens(count),
-    )
+    def _plan(self, sequence: Sequence, count: int, new_block_ids: list[int]) -> ScheduledSequence:
+        """Put the next `count` tokens of a sequence into the step, and count what it will have then."""
+        start = sequence.num_computed_tokens
+        end = start + count
+        targets: list[int] = []
+        if sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1:
+            targets = sequence.token_ids[start + 1 : min(end + 1, sequence.num_prompt_tokens)]
+        planned = ScheduledSequence(
+            row=sequence.row,
+            token_ids=list(sequence.uncomputed(count)),
+            start=start,
+            new_block_ids=new_block_ids,
+            slot=sequence.slot,
+            samples=count == sequence.num_uncomputed_tokens,
+            target_ids=targets,
+            num_base_tokens=sequence.num_base_tokens(count),
+        )
+        sequence.num_computed_tokens = end
+        sequence.num_pending_tokens += planned.samples
+        sequence.last_step = self._step_id + 1
+        return planned

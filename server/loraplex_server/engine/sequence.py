@@ -7,6 +7,7 @@ from enum import Enum
 import msgspec
 
 from loraplex_server.engine.block_manager import activation_hash, hash_block, root_hash
+from loraplex_server.engine.step import FUTURE_TOKEN
 from loraplex_server.messages import GenerateRequest, TopLogprob
 
 
@@ -22,7 +23,8 @@ class Status(Enum):
 class Sequence:
     """One request's tokens and progress; only the scheduler moves it.
 
-    `token_ids` are prompt and output; `num_computed_tokens` of them have keys and values in `block_ids`.
+    `token_ids` are prompt and output as far as they are known; `num_pending_tokens` more are chosen by steps in flight.
+    `num_computed_tokens` of both have keys and values in `block_ids`, or will have them after the steps in flight.
     `block_hashes` name the full blocks of `token_ids`, as far as they were asked for; the first
     `num_committed_blocks` of them can be found by other sequences.
     """
@@ -33,7 +35,10 @@ class Sequence:
     token_ids: list[int]
     num_prompt_tokens: int
     adapter_start: int = 0  # tokens before this position are the base's: an activated adapter is still asleep
+    num_pending_tokens: int = 0
     num_computed_tokens: int = 0
+    last_step: int = 0  # the last step that it is in
+    needs_known_tokens: bool = False  # what it may choose depends on values that the host must have, see new_sequence
     num_cached_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -57,16 +62,24 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far, as far as they are known."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens still without keys and values: 1 when decoding."""
-        return len(self.token_ids) - self.num_computed_tokens
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether another token may be planned while some are pending. Which one is the last, the count tells."""
+        num_planned = self.num_output_tokens + self.num_pending_tokens
+        return not self.needs_known_tokens and num_planned < self.request.sampling.max_new_tokens
 
     def uncomputed(self, count: int) -> Tokens[int]:
-        """The next `count` tokens to compute."""
+        """The next `count` tokens to compute; only one that stands alone may be pending."""
+        if self.num_computed_tokens == len(self.token_ids):
+            return [FUTURE_TOKEN]
         return self.token_ids[self.num_computed_tokens : self.num_computed_tokens + count]
 
     def num_base_tokens(self, count: int) -> int:
@@ -99,12 +112,16 @@ def last_occurrence(token_ids: Tokens[int], wanted: Tokens[int]) -> int | None:
 def new_sequence(request: GenerateRequest, order: int, invocation_token_ids: Tokens[int] = ()) -> Sequence:
     """A waiting sequence for a request.
 
+    A grammar's mask, a watermark's list and the ends of bad words are worked out by the host from the tokens before: a
+    sequence with one of them is in no step before its last token was read.
+
     With invocation tokens its adapter acts from their last occurrence in the prompt on, as in PEFT; where they do not
     occur the sequence is one of the base.
     """
     adapter_start = last_occurrence(request.prompt_token_ids, invocation_token_ids) if invocation_token_ids else 0
     if adapter_start is None:
         request = msgspec.structs.replace(request, adapter_digest=None)
+    sampling = request.sampling
     return Sequence(
         request=request,
         order=order,
@@ -112,6 +129,7 @@ def new_sequence(request: GenerateRequest, order: int, invocation_token_ids: Tok
         token_ids=list(request.prompt_token_ids),
         num_prompt_tokens=len(request.prompt_token_ids),
         adapter_start=adapter_start or 0,
-        prompt_logprobs=[None] if request.sampling.prompt_logprobs else None,
-        prompt_top_logprobs=[[]] if request.sampling.num_prompt_logprobs else [],
+        needs_known_tokens=sampling.guide is not None or sampling.watermark or bool(sampling.bad_words),
+        prompt_logprobs=[None] if sampling.prompt_logprobs else None,
+        prompt_top_logprobs=[[]] if sampling.num_prompt_logprobs else [],
     )

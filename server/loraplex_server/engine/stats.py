@@ -29,13 +29,13 @@ class StatsCollector:
         self._num_preemptions = 0
         self._adapter_wait_s: list[float] = []
 
-    def count_step(self, plan: StepPlan, result: StepResult, step_s: float) -> None:
-        """Take in one step that computed tokens."""
+    def count_step(self, plan: StepPlan, result: StepResult, step_s: float, num_generated: int) -> None:
+        """Take in one step that computed tokens, and gave sequences so many."""
         is_decode = plan.num_decodes == len(plan.sequences)
         (self._decode_step_s if is_decode else self._prefill_step_s).append(step_s)
         self._forward_s.append(result.forward_s)
         self._sample_s.append(result.sample_s)
-        self._num_generated_tokens += sum(s.samples for s in plan.sequences)
+        self._num_generated_tokens += num_generated
 
     def count_start(self, sequence: Sequence) -> None:
         """Take in a sequence that gave its first token; what is computed again after a preemption counts once."""

@@ -7,6 +7,9 @@ import msgspec
 from loraplex_models.adapters.merge_recipe import MergeRecipe
 from loraplex_server.messages import SamplingParams
 
+FUTURE_TOKEN = -1
+"""Stands in a plan for the token that its row chose last: a step in flight has it, and nobody has read it yet."""
+
 
 class AdapterOp(msgspec.Struct, frozen=True, kw_only=True):
     """Move one adapter between the tiers, before the step's forward pass.
@@ -35,10 +38,11 @@ class RowStart(msgspec.Struct, frozen=True, kw_only=True):
 class ScheduledSequence(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence's part of the step: compute `token_ids` at positions start, start + 1, …
 
-    `row` names the sequence's line in the tables that each rank keeps. `new_block_ids` are appended to the row's
-    block table, which a RowStart of the same step has emptied. With `samples`, the last of the tokens gives the next
-    token. `target_ids` are the tokens whose log-probabilities are wanted from the logits of this chunk, for requests
-    that ask for prompt log-probabilities: the i-th follows the i-th token of the chunk.
+    A token may be the FUTURE_TOKEN. `row` names the sequence's line in the tables that each rank keeps.
+    `new_block_ids` are appended to the row's block table, which a RowStart of the same step has emptied. With
+    `samples`, the last of the tokens gives the next token. `target_ids` are the tokens whose log-probabilities are
+    wanted from the logits of this chunk, for requests that ask for prompt log-probabilities: the i-th follows the i-th
+    token of the chunk.
     """
 
     row: int
