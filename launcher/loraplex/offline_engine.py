@@ -122,7 +122,8 @@ class OfflineEngine:
             why = self._ranks.loss(LOSS_TIMEOUT_S)
             raise GenerationFailed(f"the engine is lost: {why or error}; make another LLM") from None
         if step is None:
-            time.sleep(LOADING_WAIT_S)
+            if self._engine.is_idle:
+                time.sleep(LOADING_WAIT_S)
             return []
         ended: list[Job] = []
         for output in step.outputs:

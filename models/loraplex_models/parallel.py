@@ -67,6 +67,11 @@ class ParallelGroup:
         """Return the ranks' tensors, which are of one shape, side by side along the last dimension."""
         return tensor if self._links is None else torch.cat(self._links.all_gather(tensor), dim=-1)
 
+    def broadcast(self, tensor: Tensor) -> None:
+        """Put rank 0's tensor in place of the others', which are of its shape."""
+        if self._links is not None:
+            self._links.broadcast(tensor)
+
     def gather_numbers(self, numbers: list[int]) -> list[list[int]]:
         """Return the numbers of each rank, as many of each, in the order of ranks."""
         if self._links is None:
@@ -120,6 +125,12 @@ class _Links:
         except RuntimeError as error:
             raise RanksLost(_first_line(error)) from None
         return found
+
+    def broadcast(self, tensor: Tensor) -> None:
+        try:
+            self._tensors.broadcast(tensor, 0).wait()
+        except RuntimeError as error:
+            raise RanksLost(_first_line(error)) from None
 
     def send(self, message: bytes) -> None:
         data = len(message).to_bytes(LENGTH_BYTES, "little") + message

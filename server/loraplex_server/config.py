@@ -110,6 +110,11 @@ class EngineConfig:
     )
     max_batch_total_tokens: int = setting(0, "tokens of all running sequences; 0 means the KV cache's size", minimum=0)
     max_batch_size: int = setting(64, "most sequences in a step", minimum=1)
+    overlap_steps: str = setting(
+        "auto",
+        "plan and launch a step while the one before runs, its tokens not yet read; auto: on a GPU",
+        choices=("auto", "on", "off"),
+    )
     starvation_bound_s: float = setting(
         5.0, "seconds in the queue after which a request goes before all others, and running ones may have to give way"
     )

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from loraplex_server.engine.adapters.host_cache import FinishedLoad
 from loraplex_server.engine.step import StepPlan
-from loraplex_server.engine.worker import StepResult, Worker
+from loraplex_server.engine.worker import LaunchedStep, StepResult, Worker
 
 
 class Executor(Protocol):
@@ -25,19 +25,19 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """One rank, in this process: launch computes, collect hands over."""
+    """One rank, in this process. On a CPU launch computes, and collect hands over."""
 
     def __init__(self, worker: Worker):
         self._worker = worker
-        self._results: deque[StepResult] = deque()
+        self._launched: deque[LaunchedStep] = deque()
 
     def launch(self, plan: StepPlan) -> None:
-        """Compute the step."""
-        self._results.append(self._worker.execute(plan))
+        """Begin the step."""
+        self._launched.append(self._worker.launch(plan))
 
     def collect(self) -> StepResult:
         """The step's result."""
-        return self._results.popleft()
+        return self._launched.popleft().read()
 
     def finished_loads(self) -> list[FinishedLoad]:
         """Loads of adapters that ended since the last call."""

@@ -72,6 +72,7 @@ def build_engine(config: EngineConfig, model: CausalLM, limits: Limits) -> Engin
         end_token_ids=frozenset(end_token_ids),
         grammars=grammars,
         device_bytes_of=_device_bytes_of(model.config, model.dtype.itemsize),
+        runs_ahead=_runs_ahead(config, model.device),
     )
 
 
@@ -113,10 +114,16 @@ def build_worker(
         max_lora_rank=config.adapters.max_lora_rank,
         read_adapter=read_adapter,
         sampler=sampler,
-        samples=group.rank == 0,
+        group=group,
+        shares_tokens=_runs_ahead(config, model.device),
     )
     worker.warm_up()
     return worker
+
+
+def _runs_ahead(config: EngineConfig, device: torch.device) -> bool:
+    """On a CPU the host that plans is the device that computes: nothing is won there."""
+    return config.overlap_steps == "on" or (config.overlap_steps == "auto" and device.type == "cuda")
 
 
 def _device_bytes_of(config: ModelConfig, itemsize: int) -> Callable[[AdapterSpec], int]:
@@ -260,7 +267,8 @@ def _loop(engine: Engine, link: EngineLink, heartbeat: Heartbeat, stopping: list
         if output is not None:
             link.send(output)
         elif engine.has_work:
-            link.wait(LOADING_WAIT_S)
+            if engine.is_idle:
+                link.wait(LOADING_WAIT_S)
         else:
             link.wait(IDLE_WAIT_S)
 

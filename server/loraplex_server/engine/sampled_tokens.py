@@ -50,7 +50,14 @@ class PendingPrompt(Protocol):
 
 
 class TokenSampler(Protocol):
-    """Chooses the next token of each row, by the parameters of the sequence that is in the row."""
+    """Chooses the next token of each row, by the parameters of the sequence that is in the row.
+
+    `last_token_ids`, [rows] int64 on the device, holds what each row was given last, as soon as the device has come to
+    it: a step takes its tokens from there that is launched before they were read. A row whose logits were broken has
+    some token of the vocabulary there.
+    """
+
+    last_token_ids: Tensor
 
     def add(self, row: int, params: SamplingParams, token_ids: list[int], num_output_tokens: int = 0) -> None:
         """Put a sequence into a free row: its tokens so far, of which the last `num_output_tokens` are output."""

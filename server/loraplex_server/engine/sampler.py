@@ -60,6 +60,7 @@ class Sampler:
         self._history = torch.zeros(num_rows, 0, dtype=torch.int64, device=device)
         self._scores = torch.empty(0, vocab_size, device=device)
         self._logprobs = torch.empty(0, vocab_size, device=device)
+        self.last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._batch: Batch | None = None
 
     def add(self, row: int, params: SamplingParams, token_ids: list[int], num_output_tokens: int = 0) -> None:
@@ -225,6 +226,8 @@ class Sampler:
             if sound[position]:
                 self._bans.advance(batch.rows[position], int(token_ids[position]))
         self._num_tokens[batch.row_index] += np.array(sound, dtype=np.int64)
+        if token_ids.device.type == "cpu":
+            self.last_token_ids.numpy()[batch.row_index] = np.maximum(token_ids.numpy(), 0)
 
     def _reserve_scratch(self, num_rows: int) -> None:
         # Fresh buffers of this size are fresh pages each time: 1 ms for 8 rows, more than the sampling itself.

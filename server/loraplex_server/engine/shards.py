@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections import deque
 from dataclasses import replace
 from typing import Literal
 
@@ -11,7 +12,7 @@ from loraplex_models.parallel import ParallelGroup, RanksLost
 from loraplex_server.engine.adapters.host_cache import FinishedLoad
 from loraplex_server.engine.heartbeat import Heartbeat
 from loraplex_server.engine.step import StepPlan
-from loraplex_server.engine.worker import StepResult, Worker
+from loraplex_server.engine.worker import LaunchedStep, StepResult, Worker
 
 # An idle rank 0 makes sure that often that the others are there.
 HEARING_INTERVAL_S = 1.0
@@ -41,20 +42,18 @@ class GroupExecutor:
         self._worker = worker
         self._group = group
         self._loads = _GroupLoads(worker, group)
-        self._result: StepResult | None = None
+        self._launched: deque[LaunchedStep] = deque()
         self._heard_at = time.monotonic()  # when all ranks were last known to be there
 
     def launch(self, plan: StepPlan) -> None:
-        """Compute the step, together with the other ranks. Raises RanksLost."""
+        """Begin the step, together with the other ranks. Raises RanksLost."""
         self._group.send(_encode(plan))
-        self._result = self._worker.execute(plan)
+        self._launched.append(self._worker.launch(plan))
         self._heard_at = time.monotonic()
 
     def collect(self) -> StepResult:
         """The step's result."""
-        assert self._result is not None, "collect without launch"
-        result, self._result = self._result, None
-        return result
+        return self._launched.popleft().read()
 
     def finished_loads(self) -> list[FinishedLoad]:
         """Loads of adapters that ended on every rank, or failed on one, since the last call. Raises RanksLost.
@@ -84,7 +83,7 @@ def follow(worker: Worker, group: ParallelGroup, heartbeat: Heartbeat) -> None:
             with heartbeat.at_work():
                 match message:
                     case StepPlan():
-                        worker.execute(message)
+                        worker.launch(message)
                     case AskLoads(keys=keys):
                         loads.look()
                         loads.agree(keys)

@@ -10,9 +10,10 @@ from loraplex_models.adapters.merge_recipe import MergeRecipe
 from loraplex_models.adapters.paged_slots import make_slots
 from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.decoder import CausalLM
+from loraplex_models.parallel import ParallelGroup
 from loraplex_server.engine.adapters.host_cache import HostCache
 from loraplex_server.engine.forward_pass import ForwardPass
-from loraplex_server.engine.row_results import RowResult, launch_choice
+from loraplex_server.engine.row_results import PendingRows, RowResult, launch_choice
 from loraplex_server.engine.sampled_tokens import TokenSampler
 from loraplex_server.engine.step import AdapterOp, StepPlan
 
@@ -26,10 +27,28 @@ class StepResult:
     sample_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step whose work has been handed to the device; on a CPU it is done."""
+
+    choice: PendingRows | None
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+
+    def read(self) -> StepResult:
+        """Wait for the results. Once, and in the order of the launches."""
+        if self.choice is None:
+            return StepResult({}, self.forward_s, self.sample_s)
+        began = time.perf_counter()
+        rows = self.choice.read()
+        return StepResult(rows, self.forward_s, self.sample_s + time.perf_counter() - began)
+
+
 class Worker:
     """One rank's tensors. `read_adapter` turns an adapter's folder, or a recipe, into this rank's weights.
 
-    One rank of a group `samples`; on the others steps have no results.
+    Rank 0 of a group chooses the tokens; on the others steps have no results. With `shares_tokens` it tells the others'
+    devices what it chose, for plans that were made before anybody has read it.
     """
 
     def __init__(
@@ -44,9 +63,12 @@ class Worker:
         max_lora_rank: int,
         read_adapter: Callable[[str | MergeRecipe], AdapterWeights],
         sampler: TokenSampler,
-        samples: bool = True,
+        group: ParallelGroup | None = None,
+        shares_tokens: bool = False,
     ):
-        self._samples = samples
+        self._group = group or ParallelGroup.single()
+        self._samples = self._group.rank == 0
+        self._shares_tokens = shares_tokens
         self._slots = make_slots(model, num_slots, max_lora_rank)
         self.host_cache = HostCache(lambda path: self._slots.arrange(read_adapter(path)), self._slots.prepare)
         self._sampler = sampler
@@ -64,8 +86,8 @@ class Worker:
         self._pass.warm_up()
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step: adapter operations, forward pass, choice of tokens."""
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Begin one step: adapter operations, forward pass, choice of tokens; steps are done in this order."""
         for operation in plan.adapter_ops:
             self._apply(operation)
         for start in plan.row_starts:
@@ -73,12 +95,14 @@ class Worker:
         if self._samples:
             self._note_rows(plan)
         if not plan.sequences:
-            return StepResult({})
+            return LaunchedStep(None)
         began = time.perf_counter()
-        logits = self._pass.run(plan)
+        logits = self._pass.run(plan, self._sampler.last_token_ids)
         computed = time.perf_counter()
-        rows = launch_choice(self._sampler, plan, logits).read() if self._samples else {}
-        return StepResult(rows, computed - began, time.perf_counter() - computed)
+        choice = launch_choice(self._sampler, plan, logits) if self._samples else None
+        if self._shares_tokens:
+            self._group.broadcast(self._sampler.last_token_ids)
+        return LaunchedStep(choice, computed - began, time.perf_counter() - computed)
 
     def _apply(self, operation: AdapterOp) -> None:
         match operation.kind:
