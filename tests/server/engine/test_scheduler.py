@@ -1,6 +1,7 @@
 """The scheduler on plain objects: its decisions, and what holds after any run."""
 
 import random
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from loraplex_server.engine.adapters.host_cache import FinishedLoad
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.block_manager import BlockManager
-from loraplex_server.engine.scheduler import Scheduler
+from loraplex_server.engine.scheduler import Progress, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status, new_sequence
+from loraplex_server.engine.step import FUTURE_TOKEN, StepPlan
 from loraplex_server.messages import AdapterSpec, GenerateRequest, SamplingParams
 
 END = 2
@@ -21,7 +23,8 @@ class Bench:
     """A scheduler whose model answers with a function of the tokens and the adapter, computed from its own KV cells.
 
     Each cell remembers what was written to it, so a step that reads a cell of other tokens or of another adapter
-    gives a wrong answer here as it would in a real model.
+    gives a wrong answer here as it would in a real model. With `ahead` so many steps stay in flight when the next is
+    planned: their adapters have moved then, and nothing of them is computed.
     """
 
     def __init__(
@@ -33,7 +36,9 @@ class Bench:
         num_slots: int = 2,
         num_in_host: int = 3,
         starvation_bound_s: float = 50.0,
+        ahead: int = 0,
     ):
+        self.ahead = ahead
         self.blocks = BlockManager(num_blocks, SIZE)
         self.adapters = AdapterManager(num_slots, host_budget_bytes=num_in_host, device_budget_bytes=10**9)
         self.now = 0.0  # a step takes a second
@@ -50,6 +55,9 @@ class Bench:
         )
         self.cells: dict[int, tuple[int, int, str | None]] = {}
         self.tables: dict[int, list[int]] = {}
+        self.chosen: dict[int, int] = {}  # by row, what it chose last
+        self.in_flight: deque[tuple[StepPlan, list[list[int]]]] = deque()  # with the blocks of each of its sequences
+        self.ended: set[int] = set()
         self.slots: dict[int, str] = {}
         self.in_memory: set[str] = set()
         self.order = 0
@@ -71,8 +79,25 @@ class Bench:
     def step(self) -> bool:
         self.now += 1
         plan = self.scheduler.schedule()
-        if plan is None:
+        if plan is not None:
+            self.launch(plan)
+        if not self.in_flight:
             return False
+        for flight, tables in self.in_flight:
+            rows = {s.row: s for s in [*self.scheduler.running, *self.scheduler._leaving]}
+            for planned, table in zip(flight.sequences, tables, strict=True):
+                assert rows[planned.row].block_ids[: len(table)] == table, "a step in flight has lost its blocks"
+        if plan is None or len(self.in_flight) > self.ahead:
+            flight, tables = self.in_flight.popleft()
+            for progress in self.scheduler.advance(flight, self.compute(flight, tables)):
+                assert progress.sequence.order not in self.ended, "a token behind the end"
+                if progress.finish_reason:
+                    self.ended.add(progress.sequence.order)
+        self.blocks.check_integrity()
+        self.adapters.check_integrity()
+        return True
+
+    def launch(self, plan: StepPlan) -> None:
         self.plans.append(plan)
         for op in plan.adapter_ops:
             match op.kind:
@@ -90,13 +115,20 @@ class Bench:
                     assert self.slots.pop(op.slot) == op.digest
         for start in plan.row_starts:
             self.tables[start.row] = []
+        for op in plan.adapter_ops:
+            if op.kind in ("host_load", "device_load"):
+                self.adapters.finished(FinishedLoad(op.digest, "host" if op.kind == "host_load" else "device", 1, None))
+        for planned in plan.sequences:
+            self.tables[planned.row] += planned.new_block_ids
+        self.in_flight.append((plan, [list(self.tables[planned.row]) for planned in plan.sequences]))
+
+    def compute(self, plan: StepPlan, tables: list[list[int]]) -> dict[int, int]:
         sampled = {}
         written: set[int] = set()
-        for planned in plan.sequences:
-            table = self.tables[planned.row]
-            table += planned.new_block_ids
+        for planned, table in zip(plan.sequences, tables, strict=True):
             adapter = self.slots[planned.slot] if planned.slot >= 0 else None
             for position, token in enumerate(planned.token_ids, planned.start):
+                token = self.chosen[planned.row] if token == FUTURE_TOKEN else token
                 cell = table[position // SIZE] * SIZE + position % SIZE
                 assert cell not in written, "two sequences write one cell"
                 written.add(cell)
@@ -107,13 +139,8 @@ class Bench:
             assert {c[2] for c in context} == {adapter}, "keys and values of another adapter"
             if planned.samples:
                 sampled[planned.row] = answer([c[0] for c in context], adapter)
-        for op in plan.adapter_ops:
-            if op.kind in ("host_load", "device_load"):
-                self.adapters.finished(FinishedLoad(op.digest, "host" if op.kind == "host_load" else "device", 1, None))
-        self.scheduler.advance(plan, sampled)
-        self.blocks.check_integrity()
-        self.adapters.check_integrity()
-        return True
+        self.chosen |= sampled
+        return sampled
 
     def run(self, max_steps: int = 2000) -> None:
         for _ in range(max_steps):
@@ -257,6 +284,7 @@ def test_any_mix_gives_each_sequence_its_own_answer_and_everything_back(data):
         num_slots=data.draw(st.integers(1, 3)),
         num_in_host=data.draw(st.integers(1, 3)),
         starvation_bound_s=data.draw(st.sampled_from([0.0, 2.0, 10.0, 1000.0])),
+        ahead=data.draw(st.integers(0, 1)),
     )
     live: list[tuple[Sequence, list[int], str | None, int]] = []
     for _ in range(data.draw(st.integers(1, 10))):
