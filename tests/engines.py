@@ -1,11 +1,13 @@
 """A real engine in this process: model, adapters and scheduler as the engine process builds them, without the link."""
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from truth import Answer
 
@@ -16,14 +18,38 @@ from loraplex_models.parallel import ParallelGroup
 from loraplex_server.adapter_spec import adapter_spec
 from loraplex_server.config import AdapterConfig, EngineConfig
 from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.executor import LocalExecutor
 from loraplex_server.engine.memory import Limits, settle_limits
 from loraplex_server.engine.process import build_engine
+from loraplex_server.engine.step import StepPlan
+from loraplex_server.engine.worker import StepResult, Worker
 from loraplex_server.messages import AdapterSpec, EngineStats, GenerateRequest, SamplingParams, TokenOutput
 
 
 def checked_spec(name: str, folder: Path, model_folder: Path) -> AdapterSpec:
     """The spec that the registry would give for a checked adapter."""
     return adapter_spec(name, str(folder), check_adapter(folder, read_config(model_folder), max_rank=512))
+
+
+class LateExecutor(LocalExecutor):
+    """A device that lags behind the host: adapters move when a step is launched, all else is done when it is collected.
+
+    So copies on a stream of their own may be ahead of the steps by as much as they ever can.
+    """
+
+    def __init__(self, worker: Worker):
+        super().__init__(worker)
+        self._plans: deque[bytes] = deque()
+
+    def launch(self, plan: StepPlan) -> None:
+        """Move the adapters."""
+        for operation in plan.adapter_ops:
+            self._worker._apply(operation)
+        self._plans.append(msgspec.msgpack.encode(msgspec.structs.replace(plan, adapter_ops=[])))
+
+    def collect(self) -> StepResult:
+        """Compute the step."""
+        return self._worker.launch(msgspec.msgpack.decode(self._plans.popleft(), type=StepPlan)).read()
 
 
 class EngineBench:
@@ -52,10 +78,13 @@ class EngineBench:
         self.specs = {name: checked_spec(name, folder, model_folder) for name, folder in adapters.items()}
         self.start()
 
-    def start(self, **settings: Any) -> None:
-        """Begin with a fresh engine over the same weights."""
+    def start(self, *, is_late: bool = False, **settings: Any) -> None:
+        """Begin with a fresh engine over the same weights; `is_late`: on a device that lags behind."""
         config, limits = self.settle(**settings)
         self.engine: Engine = build_engine(config, self.model, limits)
+        if is_late:
+            assert isinstance(self.engine._executor, LocalExecutor)
+            self.engine._executor = LateExecutor(self.engine._executor._worker)
         for spec in self.specs.values():
             self.engine.load_adapter(spec)
         self.outputs: dict[str, list[TokenOutput]] = {}

@@ -2,7 +2,8 @@
 
 Each mix draws requests over the base and adapters of different ranks and target modules, with prompts that share heads
 and whose lengths stand around block and chunk borders, at random arrival times, some cancelled, over a KV pool small
-enough to preempt and fewer slots than adapters. Every answer is held against transformers + peft, token by token.
+enough to preempt and fewer slots than adapters. In two mixes of three a step is planned before the one before is read,
+and in one of these the device lags behind the host. Every answer is held against transformers + peft, token by token.
 """
 
 import random
@@ -53,6 +54,8 @@ def run_mix(bench: EngineBench, truth: Truth, seed: int) -> tuple[list[str], Cou
     rng = random.Random(seed)
     budget = rng.choice([4, 8, 16, 64])
     bench.start(
+        overlap_steps="on" if seed % 3 else "off",
+        is_late=seed % 3 == 2,
         block_size=BLOCK_SIZE,
         num_kv_blocks=rng.choice([7, 8, 10, 12, 30]),
         max_total_tokens=56,
