@@ -88,7 +88,7 @@ def test_every_answer_of_every_mix_is_that_of_its_adapter_alone(world):
         happened += counts
     print(f"\n{dict(happened)}")
     # The property says little unless the hard cases did occur.
-    assert happened["preemptions"] > 100 and happened["prefix_hits"] > 100 and happened["answers"] > 1000
+    assert happened["preemptions"] > 100 and happened["prefix_hits"] > 60 and happened["answers"] > 1000
 
 
 def _hash_without_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
