@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loraplex_server.engine.adapters.host_cache import FinishedLoad
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.block_manager import BlockManager
-from loraplex_server.engine.scheduler import Progress, Scheduler
+from loraplex_server.engine.scheduler import Scheduler
 from loraplex_server.engine.sequence import Sequence, Status, new_sequence
 from loraplex_server.engine.step import FUTURE_TOKEN, StepPlan
 from loraplex_server.messages import AdapterSpec, GenerateRequest, SamplingParams
