@@ -48,6 +48,8 @@ def slow_weight(config: Mapping[str, Any], linear: Mapping[str, Tensor]) -> Tens
         "awq": _awq,
         "compressed-tensors": _compressed_tensors,
         "bitsandbytes": _bitsandbytes,
+        "fp8": _fp8,
+        "fbgemm_fp8": _fp8,
     }[config["quant_method"]](config, linear)
     return torch.tensor(weight, dtype=torch.float64)
 
@@ -56,17 +58,24 @@ def _number(word: int, place: int, bits: int) -> int:
     return (word >> (place * bits)) & (2**bits - 1)
 
 
+def _run_on(words: list[int], place: int, bits: int) -> int:
+    """A number of a row of words in which numbers may begin in one word and end in the next."""
+    return sum(
+        ((words[bit // 32] >> bit % 32) & 1) << k for k, bit in enumerate(range(place * bits, (place + 1) * bits))
+    )
+
+
 def _gptq(config: Mapping[str, Any], linear: Mapping[str, Tensor]) -> list[list[float]]:
     bits = config["bits"]
-    per_word = 32 // bits
     words, zero_words, scales = (linear[name].tolist() for name in ("qweight", "qzeros", "scales"))
+    columns = [[line[out] for line in words] for out in range(len(scales[0]))]
     added = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
     weight = []
     for out in range(len(scales[0])):
         row = []
         for i, group in enumerate(linear["g_idx"].tolist()):
-            zero = (_number(zero_words[group][out // per_word], out % per_word, bits) + added) % 2**bits
-            row.append((_number(words[i // per_word][out], i % per_word, bits) - zero) * scales[group][out])
+            zero = (_run_on(zero_words[group], out, bits) + added) % 2**bits
+            row.append((_run_on(columns[out], i, bits) - zero) * scales[group][out])
         weight.append(row)
     return weight
 
@@ -93,8 +102,34 @@ def _awq(config: Mapping[str, Any], linear: Mapping[str, Tensor]) -> list[list[f
     return weight
 
 
+def _fp8(config: Mapping[str, Any], linear: Mapping[str, Tensor]) -> list[list[float]]:
+    """Numbers of 8 bits with a scale each for all, for an output, or for a block; `inverse` ones divide."""
+    scales = linear["weight_scale_inv" if "weight_scale_inv" in linear else "weight_scale"].tolist()
+    rows, columns = config.get("weight_block_size") or (1, 10**9)
+    weight = []
+    for out, octets in enumerate(linear["weight"].view(torch.uint8).tolist()):
+        row = []
+        for i, octet in enumerate(octets):
+            scale = scales
+            for place in (out // rows, i // columns):
+                scale = scale if isinstance(scale, float) else scale[place if len(scale) > 1 else 0]
+            is_inverse = config.get("weight_scale_semantics") == "inverse"
+            row.append(_float8(octet) / scale if is_inverse else _float8(octet) * scale)
+        weight.append(row)
+    return weight
+
+
+def _float8(octet: int) -> float:
+    """What eight bits of e4m3 stand for: a sign, four bits of exponent and three of mantissa."""
+    sign, exponent, mantissa = -1 if octet >> 7 else 1, octet >> 3 & 15, octet & 7
+    return sign * (mantissa / 8 * 2**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
 def _compressed_tensors(config: Mapping[str, Any], linear: Mapping[str, Tensor]) -> list[list[float]]:
-    bits = config["config_groups"]["group_0"]["weights"]["num_bits"]
+    scheme = config["config_groups"]["group_0"]["weights"]
+    if scheme["type"] == "float":
+        return _fp8({"weight_block_size": scheme["block_structure"]}, linear)
+    bits = scheme["num_bits"]
     per_word, offset = 32 // bits, 2 ** (bits - 1)
     out_size, in_size = linear["weight_shape"].tolist()
     words, scales = linear["weight_packed"].tolist(), linear["weight_scale"].tolist()

@@ -59,10 +59,10 @@ def pack_groups(
 ) -> PackedGroups:  # fmt: skip
     """Lay a quantised weight out for `grouped_linear`.
 
-    numbers: [out, in], below 2 ** bits, bits 4 or 8; zeros: [out, groups] or [1, 1]; scales: [out, groups];
+    numbers: [out, in], below 2 ** bits, bits 2, 4 or 8; zeros: [out, groups] or [1, 1]; scales: [out, groups];
     group_of: [in] int64, the group of each input, or None where groups are runs of in / groups inputs.
     """
-    assert bits in (4, 8), f"{bits} bits have no layout"
+    assert bits in (2, 4, 8), f"{bits} bits have no layout"
     numbers = numbers.to(device)  # on a GPU the work below is done there
     group_of = None if group_of is None else group_of.to(device)
     out_size, in_size = numbers.shape

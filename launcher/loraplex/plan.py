@@ -224,7 +224,7 @@ def _check_memory(
         ends = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
         stored_bits = 8 * stored if isinstance(quantization, OnTheFly) else quantization.bits
         linears = max(0, facts.weight_bytes - ends * stored) * 8 // stored_bits
-        kept_bits = quantization.bits + SCALE_BITS if _keeps_small_numbers(quantization, dtype) else None
+        kept_bits = max(4, quantization.bits) + SCALE_BITS if _keeps_small_numbers(quantization, dtype) else None
         per_linear = 8 * DTYPE_BYTES[dtype] if kept_bits is None else kept_bits
         needed = ends * DTYPE_BYTES[dtype] + linears * per_linear // 8
     if needed > machine.memory_bytes:
@@ -240,7 +240,7 @@ def _keeps_small_numbers(quantization: QuantConfig | OnTheFly, dtype: str) -> bo
         return False
     if isinstance(quantization, OnTheFly):
         return quantization.kind in ("int8", "int4")
-    return quantization.method in ("gptq", "awq", "compressed-tensors") and quantization.bits == 4
+    return quantization.method in ("gptq", "awq", "compressed-tensors") and quantization.bits <= 4
 
 
 def _summary(

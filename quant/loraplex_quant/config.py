@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-GPTQ_BITS = (2, 4, 8)
+GPTQ_BITS = (2, 3, 4, 8)
 COMPRESSED_BITS = (4, 8)
+FLOAT_FORMATS = ("float-quantized", "naive-quantized")  # the second where activations are not quantised
+GPTQMODEL_SHIFTS_THREES = 7  # the version from which zeros of 3 bits are AutoGPTQ's
 FORMAT_NAMES = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "bitsandbytes-nf4", "bitsandbytes-fp4", "fp8")
 
 
@@ -28,6 +30,7 @@ class QuantConfig:
     group_size: int = -1
     is_symmetric: bool = True
     block: tuple[int, int] | None = None  # fp8: outputs and inputs that share a scale; None: one, or one an output
+    divides: bool = False  # fp8: whether numbers are divided by their scale, not multiplied
 
     @property
     def name(self) -> str:
@@ -135,14 +138,20 @@ def _gptq(raw: Mapping[str, Any]) -> QuantConfig:
     if changing:
         raise _refuse("gptq", "dynamic rule", f"'{changing[0]}'", "rules that leave modules plain ('-:…')")
     layout = "v2" if stored == "gptq_v2" else "v1"
-    if layout == "v1" and _is_by_gptqmodel(raw):
+    if layout == "v1" and _shifts_words(raw):
         layout = "v1-words"
     return QuantConfig("gptq", layout, raw["bits"], _group_size("gptq", raw["group_size"]), bool(raw.get("sym", True)))
 
 
-def _is_by_gptqmodel(raw: Mapping[str, Any]) -> bool:
+def _shifts_words(raw: Mapping[str, Any]) -> bool:
+    """Whether GPTQModel wrote the zeros, and took 1 from them word by word; from version 7 on not those of 3 bits."""
     quantizer = (raw.get("meta") or {}).get("quantizer") or []
-    return any("gptqmodel" in str(name) for name in ([quantizer] if isinstance(quantizer, str) else quantizer))
+    for name in [quantizer] if isinstance(quantizer, str) else quantizer:
+        writer, _, version = str(name).partition(":")
+        if "gptqmodel" in writer:
+            major = version.partition(".")[0]
+            return raw["bits"] != 3 or (major.isdecimal() and int(major) < GPTQMODEL_SHIFTS_THREES)
+    return False
 
 
 def _awq(raw: Mapping[str, Any]) -> QuantConfig:
@@ -165,7 +174,7 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> QuantConfig:
         raise _refuse(name, "config_groups", f"of {len(groups)} schemes", "one scheme")
     group, weights = groups[0], groups[0]["weights"]
     stored = group.get("format") or raw.get("format")
-    is_fp8 = stored == "float-quantized" and weights.get("type") == "float" and weights["num_bits"] == 8
+    is_fp8 = stored in FLOAT_FORMATS and weights.get("type") == "float" and weights["num_bits"] == 8
     for key in ("input_activations", "output_activations"):
         if group.get(key) and not (is_fp8 and key == "input_activations"):
             raise _refuse(name, key, "quantised", "weights only")
@@ -176,7 +185,7 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> QuantConfig:
             raise _refuse(name, "strategy", weights.get("strategy"), "tensor, channel, block")
         return QuantConfig(name, "fp8", 8, block=_block(name, weights.get("block_structure")))
     if stored != "pack-quantized":
-        raise _refuse(name, "format", stored, "pack-quantized, float-quantized in 8 bits")
+        raise _refuse(name, "format", stored, f"pack-quantized, and {' or '.join(FLOAT_FORMATS)} in 8 bits")
     if weights.get("type", "int") != "int" or weights["num_bits"] not in COMPRESSED_BITS:
         raise _refuse(name, "weights", f"{weights.get('type')}{weights['num_bits']}", "int4, int8")
     if weights.get("strategy") not in ("group", "channel"):
@@ -189,7 +198,11 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> QuantConfig:
 def _fp8(raw: Mapping[str, Any]) -> QuantConfig:
     if raw.get("fmt", "e4m3") != "e4m3":
         raise _refuse("fp8", "fmt", raw["fmt"], "e4m3")
-    return QuantConfig("fp8", "fp8", 8, block=_block("fp8", raw.get("weight_block_size")))
+    block = _block("fp8", raw.get("weight_block_size"))
+    semantics = raw.get("weight_scale_semantics")
+    if semantics not in (None, "inverse"):
+        raise _refuse("fp8", "weight_scale_semantics", semantics, "inverse")
+    return QuantConfig("fp8", "fp8", 8, block=block, divides=semantics == "inverse")
 
 
 def _block(method: str, value: Any) -> tuple[int, int] | None:

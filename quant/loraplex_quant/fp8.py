@@ -8,16 +8,17 @@ from loraplex_quant.method import FLOATS, QuantFormatError, StoredLinear
 
 
 class FP8:
-    """See `WeightFormat`. weight = number * scale.
+    """See `WeightFormat`. weight = number * scale; or number / scale where GPTQModel's config says `inverse`.
 
     DeepSeek and Qwen call the scale `weight_scale_inv`, and store one for each block; llm-compressor, FBGEMM and others
-    call it `weight_scale`.
+    call it `weight_scale`. GPTQModel has the first name for what the others' scale is the inverse of.
 
     Scales of activations are left aside: activations are not rounded here, so that outputs are nearer to the full ones.
     """
 
     def __init__(self, config: QuantConfig) -> None:
         self._block = config.block
+        self._divides = config.divides
 
     def is_quantized(self, stored: StoredLinear) -> bool:
         """Whether this linear is quantised; what the writer left out has no scale."""
@@ -26,11 +27,13 @@ class FP8:
     def read(self, stored: StoredLinear, in_size: int, out_size: int) -> Tensor:
         """Return the weight [out, in] in float32."""
         name = "weight_scale_inv" if "weight_scale_inv" in stored else "weight_scale"
-        for unused in ("input_scale", "input_scale_ub"):
+        for unused in ("input_scale", "input_scale_ub", "activation_scale"):
             if unused in stored:
                 stored.take(unused, None, FLOATS)
         numbers = stored.take("weight", (out_size, in_size), (torch.float8_e4m3fn,))
-        scale = stored.take(name, None, FLOATS).float()
+        scale = stored.take(name, None, (*FLOATS, torch.float8_e8m0fnu)).float()
+        if self._divides:
+            scale = scale.reciprocal()
         weight = numbers.to(torch.float32)
         if scale.numel() == 1:
             return weight.mul_(scale.flatten())

@@ -8,6 +8,15 @@ from loraplex_quant.grouped import GroupedWeight
 from loraplex_quant.method import FLOATS, QuantFormatError, StoredLinear
 from loraplex_quant.packing import WORD_BITS, packed_size, unpack
 
+# What GPTQModel takes from each word in turn. For 3 bits these are not ones: numbers that run on from one word into the
+# next have them in another order, so that until version 7 its zeros were right for itself alone.
+ONES = {
+    2: (0x55555555,),
+    3: (0x24924924, 0x92492492, 0x49249249),
+    4: (0x11111111,),
+    8: (0x01010101,),
+}
+
 
 class GPTQ:
     """See `WeightFormat`. `qweight` packs inputs, `qzeros` outputs; `g_idx` names the group of each input."""
@@ -39,7 +48,7 @@ class GPTQ:
             return unpack(words, self._bits)
         if self._layout == "v1-words":
             # GPTQModel takes 1 from all zeros of a word in one subtraction, so a zero of 0 borrows from the next one.
-            ones = sum(1 << shift for shift in range(0, WORD_BITS, self._bits))
+            ones = torch.tensor(ONES[self._bits]).repeat(words.shape[1] // len(ONES[self._bits]))
             return unpack((words.long() + ones).to(torch.int32), self._bits)
         # AutoGPTQ stores zero - 1, number by number: 0 is stored as the largest number.
         return (unpack(words, self._bits) + 1).bitwise_and_((1 << self._bits) - 1)

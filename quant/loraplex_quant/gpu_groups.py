@@ -12,7 +12,8 @@ from loraplex_quant.grouped import GroupedWeight
 from loraplex_quant.method import LinearWeight, QuantMethod
 from loraplex_quant.unquantized import stacked_bias
 
-PACKED_BITS = (4, 8)
+# The bits of a packed number, for those of a weight: 3 do not divide a word.
+PACKED_BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 
 
 def keep_groups(parts: Sequence[LinearWeight], dtype: torch.dtype, device: torch.device) -> QuantMethod | None:
@@ -39,7 +40,8 @@ class GroupedOnGpu:
     ) -> None:
         self.bias = bias
         self.packed = tuple(
-            pack_groups(w.numbers, w.zeros, w.scales, w.group_of, w.bits, dtype, device) for w in _joined(weights)
+            pack_groups(w.numbers, w.zeros, w.scales, w.group_of, PACKED_BITS[w.bits], dtype, device)
+            for w in _joined(weights)
         )
         self.num_bytes = sum(packed.num_bytes for packed in self.packed) + (0 if bias is None else bias.nbytes)
 

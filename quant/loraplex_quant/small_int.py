@@ -98,7 +98,7 @@ def keep_small_int(parts: Sequence[LinearWeight], dtype: torch.dtype, device: to
         sum(weight.shape[0] for weight in weights), dtype, device
     ):
         return Int8(weights, stacked_bias(parts, dtype, device))
-    if all(weight.bits == INT4_BITS for weight in weights):
+    if all(weight.bits <= INT4_BITS for weight in weights):
         group_size, order = _common_group_size(weights), _common_order(weights)
         out_size, in_size = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
         is_ordered = order is not None or all(weight.group_of is None for weight in weights)

@@ -116,7 +116,15 @@ def test_what_adapters_bring_beside_products_is_the_same_by_triton(
 
 
 @pytest.mark.parametrize(
-    "name", ["autogptq-b4-g32-act-asym", "gptqmodel-g8-32-sym", "autoawq-gemm-g32", "ct-gptq-w4a16-act"]
+    "name",
+    [
+        "autogptq-b2-g32-noact-asym",
+        "autogptq-b3-g32-act-asym",
+        "autogptq-b4-g32-act-asym",
+        "gptqmodel-g8-32-sym",
+        "autoawq-gemm-g32",
+        "ct-gptq-w4a16-act",
+    ],
 )
 def test_checkpoints_of_other_programs_stay_packed_and_give_the_same_logits(
     name: str, monkeypatch: pytest.MonkeyPatch

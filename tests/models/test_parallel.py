@@ -102,7 +102,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"
 QUANTIZED = (
     "autogptq-b4-g32-act-asym",
     "autogptq-b4-gall-noact-asym",
-    "autogptq-b4-g32-noact-sym",
+    "autogptq-b3-g32-act-asym",
     "autoawq-gemv-g32",
     "ct-gptq-w4a16-act",
     "bnb-nf4-double",

@@ -24,13 +24,21 @@ from loraplex_models.parallel import ParallelGroup
 
 NUM_LAYERS = 2
 # Their own kernels compute in half precision.
-HALF_PRECISION = {"autoawq-gemm-g32", "gptqmodel-g4-32-act", "gptqmodel-g8-32-sym"}
+HALF_PRECISION = {
+    "autoawq-gemm-g32",
+    "gptqmodel-g3-32-asym",
+    "gptqmodel-g3-32-v2",
+    "gptqmodel-g4-32-act",
+    "gptqmodel-g8-32-sym",
+}
 WITH_REFERENCE = sorted(path.parent.name for path in FIXTURES.glob("*/reference"))
 ONE_OF_EACH = (
-    "autogptq-b4-g32-act-asym",
+    "autogptq-b3-g32-act-asym",
     "gptqmodel-g4-32-v2",
     "autoawq-gemv-g32",
     "ct-gptq-w4a16-act",
+    "ct-fp8-tensor-static",
+    "transformers-fp8-block",
     "bnb-nf4-double",
     "bnb-fp4",
     "bnb-int8",
@@ -57,6 +65,8 @@ def dequantized_model(folder: Path, **changes: Any) -> PreTrainedModel:
     model = model_class(config_class(**(raw | {"attn_implementation": "eager", "dtype": "float32"} | changes)))
     tensors = checkpoint_tensors(folder)
     state = {name: tensor.float() for name, tensor in tensors.items() if name in model.state_dict()}
+    if raw["tie_word_embeddings"]:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
     for module in (f"model.layers.{i}.{name}" for i in range(NUM_LAYERS) for name in LINEARS):
         state[f"{module}.weight"] = slow_weight(quantization, linear_tensors(tensors, module)).float()
     model.load_state_dict(state)
@@ -87,6 +97,7 @@ def test_the_same_weights_in_both_awq_layouts_give_the_same_logits() -> None:
 
 
 def test_the_same_weights_with_both_kinds_of_gptq_zeros_give_the_same_logits() -> None:
+    assert torch.equal(logits(FIXTURES / "gptqmodel-g3-32-asym"), logits(FIXTURES / "gptqmodel-g3-32-v2"))
     v1, v2 = logits(FIXTURES / "gptqmodel-g4-32-asym"), logits(FIXTURES / "gptqmodel-g4-32-v2")
     assert torch.equal(v1, v2)
     # The same model in 8 bits is near; with the zeros off by one it would be no nearer than chance.
@@ -122,6 +133,7 @@ def test_a_quantised_model_computes_in_half_precision_too(dtype: torch.dtype) ->
 
 
 SMALL = (
+    "autogptq-b3-g32-act-asym",
     "autogptq-b4-g32-act-sym",
     "autogptq-b4-gall-noact-asym",
     "gptqmodel-g4-32-v2",

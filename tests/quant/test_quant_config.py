@@ -39,6 +39,8 @@ SERVED: list[tuple[dict[str, Any] | None, QuantConfig | None]] = [
     (GPTQ, QuantConfig("gptq", "v1", 4, 128, True)),
     (GPTQ | {"checkpoint_format": "gptq_v2", "sym": False}, QuantConfig("gptq", "v2", 4, 128, False)),
     (GPTQ | {"meta": {"quantizer": ["gptqmodel:1.0"]}}, QuantConfig("gptq", "v1-words", 4, 128, True)),
+    (GPTQ | {"bits": 3, "meta": {"quantizer": "gptqmodel:6.0.3"}}, QuantConfig("gptq", "v1-words", 3, 128, True)),
+    (GPTQ | {"bits": 3, "meta": {"quantizer": "gptqmodel:7.0.0"}}, QuantConfig("gptq", "v1", 3, 128, True)),
     (GPTQ | {"dynamic": {"-:.*down_proj": {}}}, QuantConfig("gptq", "v1", 4, 128, True)),
     (AWQ, QuantConfig("awq", "gemm", 4, 128, False)),
     (
@@ -55,6 +57,7 @@ SERVED: list[tuple[dict[str, Any] | None, QuantConfig | None]] = [
     (FLOATS, QuantConfig("compressed-tensors", "fp8", 8)),
     ({"quant_method": "fp8", "weight_block_size": [128, 64]}, QuantConfig("fp8", "fp8", 8, block=(128, 64))),
     ({"quant_method": "fbgemm_fp8"}, QuantConfig("fp8", "fp8", 8)),
+    ({"quant_method": "fp8", "weight_scale_semantics": "inverse"}, QuantConfig("fp8", "fp8", 8, divides=True)),
 ]
 
 
@@ -73,7 +76,8 @@ REFUSED: list[tuple[Any, str]] = [
     ([], "not a JSON object"),
     ({}, "format 'unknown' are not served; served are gptq, awq, compressed-tensors, bitsandbytes"),
     ({"quant_method": "exl2"}, "format 'exl2'"),
-    (GPTQ | {"bits": 3}, "gptq weights with bits 3 are not served; served: 2, 4, 8"),
+    (GPTQ | {"bits": 5}, "gptq weights with bits 5 are not served; served: 2, 3, 4, 8"),
+    (GPTQ | {"bits": 3, "checkpoint_format": "gptq_p"}, "format gptq_p"),
     (GPTQ | {"group_size": 0}, "group_size 0"),
     (GPTQ | {"group_size": "128"}, "group_size 128"),
     (GPTQ | {"is_marlin_format": True}, "format marlin"),
@@ -91,6 +95,7 @@ REFUSED: list[tuple[Any, str]] = [
     (COMPRESSED | {"format": "float-quantized"}, "format float-quantized"),
     (FLOATS | {"kv_cache_scheme": {"num_bits": 8}}, "weights only"),
     ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt e5m2"),
+    ({"quant_method": "fp8", "weight_scale_semantics": "log"}, "weight_scale_semantics log"),
     ({"quant_method": "fp8", "weight_block_size": [128]}, r"a block of \[128\]"),
     (COMPRESSED | {"kv_cache_scheme": {"num_bits": 8}}, "weights only"),
     (COMPRESSED | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "weights only"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from loraplex_quant.config import parse_quantization
 from loraplex_quant.grouped import plain
 from loraplex_quant.method import LinearWeight, QuantFormatError
+from loraplex_quant.packing import unpack
 from loraplex_quant.registry import weight_format
 from loraplex_quant.unquantized import Unquantized
 
@@ -65,7 +66,7 @@ def test_a_layers_output_is_the_product_with_the_weight_as_written(folder: Path)
         assert (method.apply(x) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("group_size", [16, 48, -1])
 def test_gptq_of_any_bits_with_shuffled_groups_and_every_zero(
@@ -91,12 +92,26 @@ def test_gptq_without_g_idx_has_its_groups_in_order() -> None:
     assert torch.allclose(dequantize(config, tensors, 64, 32).double(), slow_weight(config, in_order), atol=1e-4)
 
 
-def test_gptqmodels_v1_zeros_are_the_v2_zeros_less_one_a_word() -> None:
-    zeros = words((4, 4), seed=1)
-    assert 0 in (zeros.view(torch.uint8) & 15), "a zero of 0 borrows from its neighbour, which this test is about"
-    shared = {"qweight": words((8, 32)), "scales": scales((4, 32))}
-    config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "meta": {"quantizer": ["gptqmodel:7.6.0"]}}
-    v1 = dequantize(config, shared | {"qzeros": zeros - 0x11111111}, 64, 32)
+# What each word of zeros in turn loses in gptqmodel's `convert_gptq_v2_to_v1_format_module`, as it is written there.
+LOST = [
+    (2, "gptqmodel:7.6.0", (0b01010101010101010101010101010101,)),
+    (
+        3,
+        "gptqmodel:6.0.3",
+        (0b00100100100100100100100100100100, 0b10010010010010010010010010010010, 0b01001001001001001001001001001001),
+    ),
+    (4, "gptqmodel:7.6.0", (0b00010001000100010001000100010001,)),
+]
+
+
+@pytest.mark.parametrize(("bits", "quantizer", "lost"), LOST)
+def test_gptqmodels_v1_zeros_are_the_v2_zeros_less_one_a_word(bits: int, quantizer: str, lost: tuple[int, ...]) -> None:
+    zeros = words((4, bits), seed=1)
+    assert 0 in unpack(zeros, bits), "a zero of 0 borrows from its neighbour, which this test is about"
+    shared = {"qweight": words((2 * bits, 32)), "scales": scales((4, 32))}
+    config = {"quant_method": "gptq", "bits": bits, "group_size": 16, "meta": {"quantizer": [quantizer]}}
+    stored = (zeros.long() - torch.tensor(lost).repeat(bits // len(lost))).to(torch.int32)
+    v1 = dequantize(config, shared | {"qzeros": stored}, 64, 32)
     v2 = dequantize(config | {"checkpoint_format": "gptq_v2"}, shared | {"qzeros": zeros}, 64, 32)
     assert torch.equal(v1, v2)
 
@@ -181,25 +196,24 @@ BLOCKS = {"quant_method": "fp8", "weight_block_size": [16, 24]}
 
 
 @pytest.mark.parametrize(
-    ("config", "suffix", "shape"),
+    ("config", "suffix", "shape", "dtype"),
     [
-        ({"quant_method": "fp8"}, "weight_scale", ()),
-        ({"quant_method": "fp8", "activation_scheme": "static"}, "weight_scale", (1,)),
-        ({"quant_method": "fbgemm_fp8"}, "weight_scale", (40, 1)),
-        (BLOCKS, "weight_scale_inv", (3, 3)),
+        ({"quant_method": "fp8"}, "weight_scale", (), torch.float32),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "weight_scale", (1,), torch.bfloat16),
+        ({"quant_method": "fbgemm_fp8"}, "weight_scale", (40, 1), torch.float32),
+        (BLOCKS, "weight_scale_inv", (3, 3), torch.float32),
+        (BLOCKS, "weight_scale_inv", (3, 3), torch.float8_e8m0fnu),
+        (BLOCKS | {"weight_scale_semantics": "inverse"}, "weight_scale_inv", (3, 3), torch.float32),
     ],
 )
-def test_floats_of_8_bits_with_scales_of_any_reach(config: dict[str, Any], suffix: str, shape: tuple[int, ...]) -> None:
+def test_floats_of_8_bits_with_scales_of_any_reach(
+    config: dict[str, Any], suffix: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     numbers = torch.randn(40, 60, generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn)
-    scale = scales(shape or (1,)).view(shape)
+    scale = scales(shape or (1,)).view(shape).to(dtype)
     tensors = {"weight": numbers, suffix: scale, "input_scale": scales((1,))}
     ours = dequantize(config, tensors, 60, 40)
-    by_hand = torch.empty(40, 60)
-    for row in range(40):
-        for column in range(60):
-            place = {0: (), 1: (0,), 2: (row // 16, column // 24)}[len(shape)] if shape != (40, 1) else (row, 0)
-            by_hand[row, column] = numbers[row, column].float() * scale[place]
-    assert torch.equal(ours, by_hand)
+    assert torch.allclose(ours.double(), slow_weight(config, tensors), rtol=1e-6)
 
 
 def test_scales_that_fit_no_block_are_refused() -> None:

@@ -80,11 +80,11 @@ def call_all(dtype: torch.dtype) -> None:
     scores = torch.empty(8, 128256)
     cuts.keep_top(scores, torch.ones(8, dtype=torch.int64), scores[:, 0].contiguous())
     cuts.keep_typical(scores, scores[:, 0].contiguous())
-    packed = pack_groups(
-        torch.zeros(256, 4096, dtype=torch.uint8), torch.full((1, 1), 8), torch.ones(256, 32), None, 4, dtype, CPU
-    )
-    for num_rows in (1, 32, 128):
-        grouped_linear.grouped_linear(numbers(num_rows, 4096), packed)
+    for bits, rows in ((2, (1,)), (4, (1, 32, 128))):
+        weight = torch.zeros(256, 4096, dtype=torch.uint8)
+        packed = pack_groups(weight, torch.full((1, 1), 2), torch.ones(256, 32), None, bits, dtype, CPU)
+        for num_rows in rows:
+            grouped_linear.grouped_linear(numbers(num_rows, 4096), packed)
     experts = stack_groups([packed, packed])
     assert experts is not None
     weight = numbers(128, 1536, 2048)

@@ -36,7 +36,7 @@ def packed(weight: GroupedWeight, dtype: torch.dtype) -> PackedGroups:
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(
     ("in_size", "group_size"), [(128, 128), (128, 32), (256, 16), (96, 8), (80, 32), (200, 200), (72, 24)]
 )
