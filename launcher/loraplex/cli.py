@@ -22,7 +22,7 @@ from loraplex.flags import Settings
 from loraplex.foreign_flags import spread_lora_modules
 from loraplex.launch_error import LaunchError
 from loraplex.plan import check_served, make_plan
-from loraplex.resolve import check_address, hub_access, resolve
+from loraplex.resolve import check_address, check_state, hub_access, resolve
 from loraplex.supervisor import Supervisor
 from loraplex_server import log
 from loraplex_server.machine import look_at_machine
@@ -106,6 +106,7 @@ def _run_server(settings: Settings, demo_cache: Path | None = None) -> int:
         try:
             with _stopping_early():
                 check_address(api)
+                check_state(settings)
                 if demo_cache is not None:
                     settings = _demo_settings(settings, demo.prepare(demo_cache, console.line), console)
                 check_served(settings)

@@ -214,7 +214,11 @@ def settings_from(context: click.Context) -> Settings:
     values |= hub_environment(values["huggingface_hub_cache"])
     for name, foreign_variable in FOREIGN_SWITCHES.items():
         values[name] = values[name] or _is_on(foreign_variable)
-    values["adapter_cache"] = values["adapter_cache"] or str(user_cache_folder() / "loraplex" / "adapters")
+    if values["adapter_state"] and values["adapter_cache"]:
+        raise click.UsageError("--adapter-state holds the files too: leave --adapter-cache out")
+    values["adapter_cache"] = (
+        values["adapter_state"] or values["adapter_cache"] or str(user_cache_folder() / "loraplex" / "adapters")
+    )
 
     def build(group: type) -> dict[str, Any]:
         return {field.name: values[field.name] for field in setting_fields(group)}

@@ -35,6 +35,21 @@ def check_address(api: ApiConfig) -> None:
             raise LaunchError(f"cannot listen on {address}: {cause}") from None
 
 
+def check_state(settings: Settings) -> None:
+    """Refuse a folder for the names of adapters that cannot be used, before anything is downloaded."""
+    folder = settings.serve.adapter_sources.adapter_state
+    if folder is None or settings.launch.node_rank:  # the API process of machine 0 uses it
+        return
+    from loraplex_server.adapter_state import AdapterState, AdapterStateError  # as in `resolve`
+
+    state = AdapterState(Path(folder))
+    try:
+        state.open()
+    except AdapterStateError as error:
+        raise LaunchError(str(error)) from None
+    state.close()
+
+
 def resolve(settings: Settings, *, progress: bool = False) -> CheckpointFacts:
     """The base model and every adapter as checked local files; with `progress`, bars show each download.
 

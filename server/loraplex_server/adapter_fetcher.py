@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from loraplex_server.adapter_intake import AdapterIntake, BroughtAdapter, timed_out
 from loraplex_server.adapter_location import AdapterLocation
+from loraplex_server.adapter_origin import AdapterOrigin
 from loraplex_server.errors import AdapterUnavailable, LoraplexError, Overloaded
 
 # How long a refusal is remembered, so that a flood of requests for it asks the source once.
@@ -19,7 +20,8 @@ MAX_REFUSALS = 4_096
 # Adapters on their way, with those that wait for their turn.
 MAX_FLIGHTS = 1_024
 
-Key = tuple[AdapterLocation, str | None]
+Wanted = AdapterLocation | AdapterOrigin
+Key = tuple[Wanted, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class AdapterFetcher:
         """Adapters that are being fetched or wait for their turn."""
         return len(self._flights)
 
-    async def fetch(self, name: str, location: AdapterLocation, token: str | None) -> BroughtAdapter:
+    async def fetch(self, name: str, location: Wanted, token: str | None) -> BroughtAdapter:
         """The adapter, brought and checked. All who ask meanwhile share one fetch, and its failure.
 
         Raises AdapterError; Overloaded when very many are on their way. One who leaves does not end the fetch.

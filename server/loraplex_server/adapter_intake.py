@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -28,6 +28,7 @@ from loraplex_models.sources import (
     SourceUnavailable,
 )
 from loraplex_server.adapter_location import AdapterLocation
+from loraplex_server.adapter_origin import AdapterOrigin
 from loraplex_server.adapter_spec import adapter_spec
 from loraplex_server.adapter_store import MIB, AdapterStore, store_key
 from loraplex_server.config import ServeConfig
@@ -44,6 +45,8 @@ logger = logging.getLogger("loraplex.api")
 PROGRESS_INTERVAL_S = 5.0
 # The source of what was uploaded.
 UPLOAD = "upload"
+# How the store's folders of uploads begin, which can be had from nowhere else.
+UPLOAD_PREFIX = "upload-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +86,18 @@ class AdapterIntake:
         """A name for those who hold this token."""
         return None if not token else hmac.digest(self._secret, token.encode(), "sha256").hex()[:16]
 
-    def bring(self, name: str, location: AdapterLocation, token: str | None, deadline: float) -> BroughtAdapter:
-        """Fetch what is not here and check it, until `deadline` (time.monotonic). Raises AdapterError."""
+    def bring(
+        self, name: str, wanted: AdapterLocation | AdapterOrigin, token: str | None, deadline: float
+    ) -> BroughtAdapter:
+        """Fetch what is not here and check it, until `deadline` (time.monotonic). Raises AdapterError.
+
+        What was served before is taken from the store where it is still there, and must be what it was.
+        """
         try:
             with self.disk_errors(name):
+                if isinstance(wanted, AdapterOrigin):
+                    return self._from_before(name, wanted, deadline)
+                location = wanted
                 match location.source:
                     case "hub":
                         return self._from_hub(name, location, token, deadline)
@@ -100,6 +111,17 @@ class AdapterIntake:
         except SourceError as error:
             raise adapter_error(error, f"adapter '{name}': {error}") from None
 
+    def origin_of(self, spec: AdapterSpec, location: AdapterLocation | None, scope: str | None = None) -> AdapterOrigin:
+        """Where this content can be had again; `scope`: who may see it, if not everybody."""
+        if location is None and spec.source != UPLOAD:
+            location = AdapterLocation("local", spec.path, by_operator=True)
+        return AdapterOrigin(
+            location=location,
+            digest=spec.digest,
+            revision=spec.revision,
+            store_key=self._store.key_of(spec.path) if scope is None else None,
+        )
+
     def begin_upload(self, name: str, num_bytes: int) -> Path:
         """A folder for the files of an upload, with room for `num_bytes`. Raises AdapterError."""
         with self.disk_errors(name):
@@ -112,7 +134,8 @@ class AdapterIntake:
         spec = self.check(name, staging, UPLOAD, None, time.monotonic() + self._config.adapter_fetch_timeout)
         with self.disk_errors(name):
             # A folder of its own, also for content that is there already, so that nobody else deletes it.
-            folder = self._store.keep(staging, store_key(UPLOAD, spec.digest, secrets.token_hex(8)))
+            key = UPLOAD_PREFIX + store_key(spec.digest, secrets.token_hex(8))
+            folder = self._store.keep(staging, key, is_durable=self._config.adapter_state is not None)
         return msgspec.structs.replace(spec, path=str(folder))
 
     def drop_upload(self, staging: Path) -> None:
@@ -130,10 +153,9 @@ class AdapterIntake:
                 f"adapter '{name}': the server's disk refuses ({error.strerror or 'read or write'})"
             ) from None
 
-    def discard(self, spec: AdapterSpec) -> None:
+    def discard(self, store_key: str) -> None:
         """Delete the files of an upload that nobody uses any more."""
-        if spec.source == UPLOAD:
-            self._store.remove(Path(spec.path).name)
+        self._store.remove(store_key)
 
     def check(self, name: str, folder: Path, source: str, revision: str | None, deadline: float) -> AdapterSpec:
         """The spec of a folder's adapter. Raises AdapterRefused with the finding."""
@@ -157,6 +179,23 @@ class AdapterIntake:
         return adapter_spec(name, str(folder), manifest, source=source, revision=revision)
 
     # Sources
+
+    def _from_before(self, name: str, origin: AdapterOrigin, deadline: float) -> BroughtAdapter:
+        location = origin.location
+        folder = self._store.find(origin.store_key) if origin.store_key is not None else None
+        if folder is not None:
+            source = UPLOAD if location is None else location.source
+            brought = BroughtAdapter(self.check(name, folder, source, origin.revision, deadline))
+        elif location is None:
+            raise SourceNotFound("its files are gone from this server's disk: upload it again")
+        else:
+            brought = self.bring(name, replace(location, revision=origin.revision or location.revision), None, deadline)
+        if origin.digest not in (None, brought.spec.digest):
+            raise AdapterRefused(
+                f"adapter '{name}': its files are not those that it was registered with, they have the digest "
+                f"{brought.spec.digest[:12]} and had {str(origin.digest)[:12]}: register it again"
+            )
+        return brought
 
     def _from_folder(self, name: str, location: AdapterLocation, deadline: float) -> AdapterSpec:
         if location.by_operator:

@@ -8,11 +8,15 @@ import difflib
 import hashlib
 import time
 from bisect import bisect, insort
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from loraplex_models.sources import adapter_id_problem
 from loraplex_server.adapter_contents import AdapterContents
 from loraplex_server.adapter_location import AdapterLocation
+from loraplex_server.adapter_origin import AdapterOrigin, MergeOrigin, Origin, uploads_of
+from loraplex_server.adapter_state import KeptName
 from loraplex_server.config import AdapterConfig
 from loraplex_server.errors import AdapterNotFound, InvalidRequest
 from loraplex_server.messages import AdapterSpec
@@ -41,13 +45,15 @@ class UseCount:
 class AdapterVersion:
     """One content under a name. `spec` is there once the files were brought and checked.
 
-    A merge keeps the contents of its parts, `parts`, whatever their names stand for later.
+    A merge keeps the contents of its parts, `parts`, whatever their names stand for later. When files are needed again,
+    `location` is looked at; without one `origin`, which says what content it must be. What the start has checked has
+    neither.
     """
 
     version: str
-    location: AdapterLocation | None  # None: the files were uploaded or checked at the start, or it is a merge
+    location: AdapterLocation | None
     spec: AdapterSpec | None = None
-    merge: WantedMerge | None = None
+    origin: Origin | None = None
     parts: tuple[AdapterSpec, ...] = ()
     error: str | None = None  # why the last try to bring its files failed
     uses: UseCount = field(default_factory=UseCount)
@@ -57,10 +63,20 @@ class AdapterVersion:
         return [] if self.spec is None else [self.spec, *self.parts]
 
     @property
+    def merge(self) -> WantedMerge | None:
+        """What it was merged of, if it was."""
+        return self.origin.wanted if isinstance(self.origin, MergeOrigin) else None
+
+    @property
+    def place(self) -> AdapterLocation | None:
+        """Where its files come from; None for uploads, merges and what the start has checked."""
+        return self.location or (self.origin.location if isinstance(self.origin, AdapterOrigin) else None)
+
+    @property
     def label(self) -> str:
         """Where it comes from, for operators."""
-        if self.location is not None:
-            return str(self.location)
+        if self.place is not None:
+            return str(self.place)
         if self.merge is not None:
             return self.merge.name
         return self.spec.source if self.spec is not None else ""
@@ -94,11 +110,19 @@ class AdapterRegistry:
     Only the event loop's thread may use a registry.
     """
 
-    def __init__(self, config: AdapterConfig, contents: AdapterContents):
+    def __init__(
+        self,
+        config: AdapterConfig,
+        contents: AdapterContents,
+        on_unneeded: Callable[[str], None] = lambda store_key: None,
+    ):
+        """`on_unneeded` hears of folders of uploads that no name has any more; the engine may still need them."""
         self._contents = contents
+        self._on_unneeded = on_unneeded
         self._entries: dict[str, AdapterEntry] = {}
         self._sorted_names: list[str] = []
         self._pinned: dict[str, AdapterEntry] = {}
+        self._uploads: Counter[str] = Counter()  # folders of the store, by how many versions have them in their origin
         for spec in config.sources:
             contents.start_with(spec)
             self._enter(_new_entry(spec.adapter_id, AdapterVersion(FIRST_VERSION, None, spec)))
@@ -173,13 +197,15 @@ class AdapterRegistry:
         """Whether a name is pinned."""
         return entry.name in self._pinned
 
-    def set_spec(self, version: AdapterVersion, spec: AdapterSpec) -> None:
-        """A version's files were brought and checked."""
-        self._contents.acquire(spec)
-        old, version.spec, version.error = version.spec, spec, None
+    def set_spec(self, version: AdapterVersion, spec: AdapterSpec, parts: tuple[AdapterSpec, ...] = ()) -> None:
+        """A version's files, or those of the parts of a merge, were brought and checked."""
+        for needed in (spec, *parts):
+            self._contents.acquire(needed)
+        old = version.contents()
+        version.spec, version.parts, version.error = spec, parts, None
         self._refresh_kept()
-        if old is not None:
-            self._contents.release(old)
+        for released in old:
+            self._contents.release(released)
 
     def lost(self, digest: str, error: str) -> None:
         """The engine could not load a content: versions that can be brought again are, by the next request."""
@@ -188,10 +214,12 @@ class AdapterRegistry:
                 if version.spec is None or version.spec.digest != digest:
                     continue
                 version.error = error
-                if version.location is not None:
-                    lost, version.spec = version.spec, None
+                if version.location is not None or version.origin is not None:
+                    lost = version.contents()
+                    version.spec, version.parts = None, ()
                     self._refresh_kept()
-                    self._contents.release(lost)
+                    for released in lost:
+                        self._contents.release(released)
 
     def remove_version(self, entry: AdapterEntry, version: str) -> None:
         """Forget a version that no split names."""
@@ -206,17 +234,55 @@ class AdapterRegistry:
         for version in entry.versions.values():
             self._release(version)
 
+    def restore(self, kept: KeptName) -> None:
+        """Have a name stand for what it stood for when the server ended, whatever the start says of it.
+
+        Nothing is looked at before it is needed.
+        """
+        if kept.name in self._entries:
+            self.remove(kept.name)
+        if not kept.versions:
+            return
+        versions = {}
+        for one in kept.versions:
+            # What nobody had looked at need not be what it was.
+            origin = one.origin
+            location = origin.location if isinstance(origin, AdapterOrigin) and origin.digest is None else None
+            versions[one.version] = AdapterVersion(one.version, location, origin=origin)
+            self._acquire(versions[one.version])
+        entry = self._enter(AdapterEntry(kept.name, versions, dict(kept.split)))
+        if kept.pinned:
+            self._pinned[entry.name] = entry
+
     # What the server shows
+
+    def is_known(self, name: str) -> bool:
+        """Whether it is the name of an adapter."""
+        return name in self._entries
+
+    def pinned(self) -> list[AdapterEntry]:
+        """The names that are to be ready."""
+        return [*self._pinned.values()]
+
+    def needs_upload(self, store_key: str) -> bool:
+        """Whether a folder of the store holds what a name was given with an upload."""
+        return store_key in self._uploads
 
     def entries(self) -> list[AdapterEntry]:
         """All names, in the order they came."""
         return [*self._entries.values()]
 
     def _acquire(self, version: AdapterVersion) -> None:
+        self._uploads.update(uploads_of(version.origin))
         for spec in version.contents():
             self._contents.acquire(spec)
 
     def _release(self, version: AdapterVersion) -> None:
+        for upload in uploads_of(version.origin):
+            self._uploads[upload] -= 1
+            if not self._uploads[upload]:
+                del self._uploads[upload]
+                self._on_unneeded(upload)
         for spec in version.contents():
             self._contents.release(spec)
 

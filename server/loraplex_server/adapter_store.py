@@ -40,6 +40,15 @@ def store_key(*identity: str) -> str:
     return hashlib.sha256("\n".join(identity).encode()).hexdigest()[:40]
 
 
+def sync(path: Path) -> None:
+    """Have the content of a file, or the entries of a folder, survive a crash of the machine."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 class AdapterStore:
     """Complete folders by key. Every method may be called from any thread; none is for the event loop."""
 
@@ -100,8 +109,15 @@ class AdapterStore:
         """Delete a staging folder; nothing happens if it was kept."""
         shutil.rmtree(folder, ignore_errors=True)
 
-    def keep(self, staging: Path, key: str) -> Path:
-        """Move a staging folder to its place; where the same is there already, that one stays."""
+    def keep(self, staging: Path, key: str, *, is_durable: bool = False) -> Path:
+        """Move a staging folder to its place; where the same is there already, that one stays.
+
+        With `is_durable` it survives a crash of the machine once this returns.
+        """
+        if is_durable:
+            for file in staging.iterdir():
+                sync(file)
+            sync(staging)
         folder = self._complete / key
         self._complete.mkdir(parents=True, exist_ok=True)
         try:
@@ -110,13 +126,25 @@ class AdapterStore:
             if not folder.is_dir():
                 raise
         os.utime(folder)
+        if is_durable:
+            sync(self._complete)
         return folder
+
+    def key_of(self, folder: str) -> str | None:
+        """The key of a complete folder of this store; None for any other."""
+        parent, key = os.path.split(folder)
+        return key if parent == str(self._complete) else None
+
+    def keys_with(self, prefix: str) -> list[str]:
+        """Those of the complete folders that begin so."""
+        return [key for key in os.listdir(self._complete) if key.startswith(prefix)] if self._complete.is_dir() else []
 
     def remove(self, key: str) -> None:
         """Delete a complete folder."""
         # Out of sight first, so that nobody finds half of it.
         gone = self._staging / f"{os.getpid()}-{next(self._numbers)}"
         try:
+            self._staging.mkdir(exist_ok=True, mode=0o700)
             os.rename(self._complete / key, gone)
         except OSError:
             return

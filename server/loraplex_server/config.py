@@ -192,6 +192,11 @@ class AdapterSourceConfig:
     adapter_list: str | None = setting(
         None, "file of adapters, one a line as in --lora-adapters, each found and checked on its first use"
     )
+    adapter_state: str | None = setting(
+        None,
+        "folder that keeps names, versions, splits, pins and uploads of adapters for the next start, in place of "
+        "--adapter-cache; absent: they live as long as the server",
+    )
     adapter_cache: str = setting("", "folder for downloaded and uploaded adapters; absent: one in the user's cache")
     adapter_cache_mb: int = setting(65536, "disk space for downloaded and uploaded adapters, in MiB", minimum=1)
     max_adapter_mb: int = setting(8192, "largest adapter that is downloaded or uploaded, in MiB", minimum=1)

@@ -27,6 +27,9 @@
 Only `api/http_errors.py` knows status codes; the numbers above are for the reader.
 """
 
+from copy import copy
+from typing import Self
+
 
 class LoraplexError(Exception):
     """The root: `error_type` is the word a client sees, the message says cause, limit and fix."""
@@ -108,6 +111,12 @@ class AdapterError(LoraplexError):
     """The adapter that a request names cannot serve it."""
 
     error_type = "adapter_unavailable"
+
+    def within(self, what: str) -> Self:
+        """The same of a part of what was asked for."""
+        error = copy(self)
+        error.args = (f"{what}: {self}",)
+        return error
 
 
 class AdapterNotFound(AdapterError):

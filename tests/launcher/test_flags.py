@@ -174,6 +174,7 @@ def test_an_address_is_taken_as_it_is(given: str, taken: str) -> None:
         (["--ngrok"], "--ngrok-authtoken"),
         (["--port", "70000"], "--port"),
         (["--dtype", "float8"], "--dtype"),
+        (["--adapter-state", "a", "--adapter-cache", "b"], "--adapter-cache"),
     ],
 )
 def test_contradictory_or_impossible_settings_are_refused(args: list[str], named: str) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from loraplex.flags import Settings
 from loraplex.launch_error import LaunchError
-from loraplex.resolve import check_address, resolve
-from loraplex_server.config import ApiConfig, LaunchConfig, ServeConfig
+from loraplex.resolve import check_address, check_state, resolve
+from loraplex_server.adapter_state import AdapterState
+from loraplex_server.config import AdapterSourceConfig, ApiConfig, LaunchConfig, ServeConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 # The shape of the base model that the example adapters were trained on.
@@ -102,6 +103,25 @@ def test_a_free_address_is_accepted_and_a_taken_one_named() -> None:
         with pytest.raises(LaunchError, match=f"127.0.0.1:{port}.*in use"):
             check_address(ApiConfig(hostname="127.0.0.1", port=port))
     check_address(ApiConfig(hostname="127.0.0.1", port=port))
+
+
+def test_a_folder_for_names_that_cannot_be_used_is_refused_before_the_start(tmp_path: Path) -> None:
+    def with_state(folder: Path) -> Settings:
+        return Settings(
+            launch=LaunchConfig(),
+            serve=ServeConfig(adapter_sources=AdapterSourceConfig(adapter_state=str(folder))),
+        )
+
+    check_state(with_state(tmp_path / "new" / "folder"))
+    check_state(with_state(tmp_path / "new" / "folder"))  # it was given back
+    other = AdapterState(tmp_path / "taken")
+    other.open()
+    with pytest.raises(LaunchError, match=r"taken is used by another server.*--adapter-state"):
+        check_state(with_state(tmp_path / "taken"))
+    other.close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LaunchError, match=r"file cannot be used: .*--adapter-state"):
+        check_state(with_state(tmp_path / "file"))
 
 
 def test_an_address_of_another_machine_is_named() -> None:

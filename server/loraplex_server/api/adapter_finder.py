@@ -1,6 +1,8 @@
 """`AdapterFinder`: from what a request calls an adapter to a content that the engine knows, fetched if need be."""
 
 import asyncio
+import contextlib
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,8 +17,9 @@ from loraplex_models.sources import adapter_id_problem, read_adapter_list
 from loraplex_server.adapter_changes import AdapterChanges
 from loraplex_server.adapter_contents import AdapterContents, AdapterMessage
 from loraplex_server.adapter_fetcher import AdapterFetcher
-from loraplex_server.adapter_intake import UPLOAD, AdapterIntake
+from loraplex_server.adapter_intake import UPLOAD, UPLOAD_PREFIX, AdapterIntake
 from loraplex_server.adapter_location import AdapterLocation, Source, from_item, parse_location, parse_source, trusted
+from loraplex_server.adapter_origin import AdapterOrigin, MergeOrigin
 from loraplex_server.adapter_registry import (
     FIRST_VERSION,
     AdapterEntry,
@@ -24,14 +27,17 @@ from loraplex_server.adapter_registry import (
     AdapterVersion,
     UseCount,
 )
+from loraplex_server.adapter_state import AdapterState
 from loraplex_server.adapter_store import MIB, AdapterStore
 from loraplex_server.api.adapter_merges import AdapterMerges
 from loraplex_server.api.found_adapter import FoundAdapter
 from loraplex_server.api.job import AdapterAccess
 from loraplex_server.config import AdapterSourceConfig, ServeConfig
-from loraplex_server.errors import InvalidRequest, LoraplexError, Overloaded
+from loraplex_server.errors import AdapterError, AdapterUnavailable, InvalidRequest, LoraplexError, Overloaded
 from loraplex_server.messages import AdapterSpec, AdapterStatus
 from loraplex_server.wanted_merge import WantedMerge
+
+logger = logging.getLogger("loraplex.api")
 
 # Adapters that were fetched for a request and are remembered; the longest unused one is forgotten for the next.
 MAX_DYNAMIC_ADAPTERS = 10_000
@@ -66,17 +72,22 @@ class AdapterFinder:
         *,
         base_model_name: str,
         max_waiting: int,
+        state: AdapterState | None = None,
+        names_of_start: frozenset[str] = frozenset(),
     ):
+        """`state` keeps changes of names; the registry has what it had already."""
         self.registry = registry
         self.contents = contents
-        self.changes = AdapterChanges(registry, fetcher, base_model_name)
+        self.changes = AdapterChanges(registry, fetcher, base_model_name, intake.origin_of, state, names_of_start)
         self.merges = AdapterMerges(self.held, contents, intake.model_config)
+        self._state = state
         self._fetcher = fetcher
         self._config = config
         self._intake = intake
         self._max_waiting = max_waiting
         self._num_waiting = 0
         self._num_uploads = 0
+        self._bringing: asyncio.Task[None] | None = None
         self._statuses: dict[str, AdapterStatus] = {}
         self._dynamic: OrderedDict[tuple[AdapterLocation, str | None], DynamicAdapter] = OrderedDict()
 
@@ -110,17 +121,39 @@ class AdapterFinder:
 
     async def bring(self, entry: AdapterEntry, version: AdapterVersion) -> AdapterSpec:
         """The spec of a registered version, fetched if it is not here. Raises AdapterError."""
-        assert version.location is not None, "a version without files has a place to fetch them from"
         try:
-            brought = await self._fetcher.fetch(entry.name, version.location, None)
+            spec, *parts = await self._content_of(entry.name, version)
         except LoraplexError as error:
             version.error = str(error)
             raise
         if entry.versions.get(version.version) is not version:
             raise self.registry.not_found(f"{entry.name}@{version.version}")
-        spec = msgspec.structs.replace(brought.spec, adapter_id=entry.name)
-        self.registry.set_spec(version, spec)
+        self.registry.set_spec(version, spec, tuple(parts))
         return spec
+
+    async def bring_pinned(self) -> None:
+        """Bring what is pinned, after a start that has looked at nothing; what fails says so when it is asked for."""
+        for entry in self.registry.pinned():
+            for name in entry.split:
+                if name in entry.versions and entry.versions[name].spec is None:
+                    with contextlib.suppress(LoraplexError):
+                        await self.bring(entry, entry.versions[name])
+
+    async def _content_of(self, name: str, version: AdapterVersion) -> list[AdapterSpec]:
+        """The spec of a version, and those of its parts if it is a merge."""
+        origin = version.origin
+        if isinstance(origin, MergeOrigin):
+            try:
+                parts = [
+                    (await self._fetcher.fetch(part_name, part, None)).spec
+                    for part_name, part in zip(origin.wanted.ids, origin.parts, strict=True)
+                ]
+            except AdapterError as error:
+                raise error.within(f"adapter '{name}' is a merge") from None
+            return [await self.merges.spec(origin.wanted, parts, name), *parts]
+        wanted = version.location or origin
+        assert wanted is not None, "a version without files has a place to fetch them from"
+        return [msgspec.structs.replace((await self._fetcher.fetch(name, wanted, None)).spec, adapter_id=name)]
 
     def location_of(self, text: str) -> AdapterLocation:
         """What an operator means by a path or an id: a folder below the roots, or else a hub id."""
@@ -155,7 +188,12 @@ class AdapterFinder:
                 await asyncio.to_thread(self._intake.drop_upload, staging)
         finally:
             self._num_uploads -= 1
-        return await self.changes.enter(name, AdapterVersion(version or "", None, spec), activate=activate)
+        new = AdapterVersion(version or "", None, spec, self._intake.origin_of(spec, None))
+        try:
+            return await self.changes.enter(name, new, activate=activate)
+        except LoraplexError:
+            await asyncio.to_thread(self._intake.discard, Path(spec.path).name)
+            raise
 
     async def register_merge(
         self, name: str, wanted: WantedMerge, access: AdapterAccess, *, version: str | None, activate: bool
@@ -170,9 +208,16 @@ class AdapterFinder:
                     f" {adapter_id}@{next(iter(found[0].split))}"
                 )
         async with self.merges.made(wanted, access, name) as made:
+            origins = tuple(self._part_origin(part) for part in made.parts)
             parts = tuple(part.spec for part in made.parts)
-            new = AdapterVersion(version or "", None, made.spec, merge=wanted, parts=parts)
+            new = AdapterVersion(version or "", None, made.spec, MergeOrigin(wanted=wanted, parts=origins), parts)
             return await self.changes.enter(name, new, activate=activate)
+
+    def _part_origin(self, part: FoundAdapter) -> AdapterOrigin:
+        if isinstance(part.origin, AdapterOrigin) and part.origin.digest == part.spec.digest:
+            return part.origin
+        place = part.origin.location if isinstance(part.origin, AdapterOrigin) else None
+        return self._intake.origin_of(part.spec, place, part.scope)
 
     def observe(self, status: AdapterStatus) -> None:
         """Take in what the engine says of a content: where it is now, or why it could not be loaded."""
@@ -224,11 +269,19 @@ class AdapterFinder:
             if one.found.spec.path.endswith(store_key) and self.contents.num_uses(one.found.spec.digest) == 1:
                 self._drop(key)
                 break
-        return not self.contents.reads_from(store_key)
+        return not (self.registry.needs_upload(store_key) or self.contents.reads_from(store_key))
 
     def close(self) -> None:
         """End what is on its way."""
         self._fetcher.close()
+        if self._bringing is not None:
+            self._bringing.cancel()
+        if self._state is not None:
+            self._state.close()
+
+    def bring_in_the_background(self) -> None:
+        """Begin with what is pinned and not here."""
+        self._bringing = asyncio.create_task(self.bring_pinned())
 
     def _here(self, adapter_id: str, access: AdapterAccess) -> FoundAdapter | None:
         """What is known already, or None when it could be fetched. Raises when it could not."""
@@ -238,7 +291,7 @@ class AdapterFinder:
             version = entry.choose(access.split_key) if version_name is None else entry.versions[version_name]
             if version.spec is None:
                 return None
-            return FoundAdapter(version.spec, None, version.uses)
+            return FoundAdapter(version.spec, None, version.uses, version.origin)
         location = self._location(adapter_id, access)
         for scope in {None, self._intake.scope_of(access.token)}:
             one = self._dynamic.get((location, scope))
@@ -248,6 +301,10 @@ class AdapterFinder:
         return None
 
     def _location(self, adapter_id: str, access: AdapterAccess) -> AdapterLocation:
+        if self._state is not None:
+            for name in {adapter_id, adapter_id.rpartition("@")[0] or adapter_id}:
+                if (problem := self._state.problem_of(name)) is not None and not self.registry.is_known(name):
+                    raise AdapterUnavailable(problem)
         if not self._config.dynamic_adapters:
             problem = adapter_id_problem(adapter_id)
             if problem is not None:
@@ -272,14 +329,16 @@ class AdapterFinder:
             entry, version_name = named
             version = entry.choose(access.split_key) if version_name is None else entry.versions[version_name]
             spec = await self.bring(entry, version)
-            return FoundAdapter(spec, None, version.uses)
+            return FoundAdapter(spec, None, version.uses, version.origin)
         location = self._location(adapter_id, access)
         brought = await self._fetcher.fetch(adapter_id, location, access.token)
         key = (location, brought.scope)
         one = self._dynamic.get(key)
         if one is None:
             one = self._dynamic[key] = DynamicAdapter(
-                adapter_id, location, FoundAdapter(brought.spec, brought.scope, UseCount())
+                adapter_id,
+                location,
+                FoundAdapter(brought.spec, brought.scope, UseCount(), AdapterOrigin(location=location)),
             )
             self.contents.acquire(brought.spec)
             while len(self._dynamic) > MAX_DYNAMIC_ADAPTERS:
@@ -291,18 +350,19 @@ class AdapterFinder:
 
 
 def build_finder(config: ServeConfig, tell: Callable[[AdapterMessage], None]) -> AdapterFinder:
-    """The finder of one server, with all it stands on; for a running event loop."""
+    """The finder of one server, with all it stands on; for a running event loop. Raises AdapterStateError."""
     sources = config.adapter_sources
     loop = asyncio.get_running_loop()
 
-    def discard(spec: AdapterSpec) -> None:
-        if spec.source == UPLOAD:
-            loop.run_in_executor(None, intake.discard, spec)
+    def discard(key: str) -> None:
+        if not registry.needs_upload(key) and not contents.reads_from(key):
+            loop.run_in_executor(None, intake.discard, key)
 
-    contents = AdapterContents(tell, discard)
-    registry = AdapterRegistry(config.engine.adapters, contents)
+    contents = AdapterContents(tell, lambda spec: discard(Path(spec.path).name) if spec.source == UPLOAD else None)
+    registry = AdapterRegistry(config.engine.adapters, contents, discard)
     for item in read_adapter_list(sources.adapter_list) if sources.adapter_list else ():
         registry.add(item.adapter_id, AdapterVersion(FIRST_VERSION, from_item(item)))
+    names_of_start = frozenset(entry.name for entry in registry.entries())
     store = AdapterStore(Path(sources.adapter_cache), sources.adapter_cache_mb * MIB)
 
     async def let_go(key: str) -> bool:
@@ -312,6 +372,10 @@ def build_finder(config: ServeConfig, tell: Callable[[AdapterMessage], None]) ->
         config, store, lambda key: asyncio.run_coroutine_threadsafe(let_go(key), loop).result(LET_GO_WAIT_S)
     )
     fetcher = AdapterFetcher(intake, max_fetches=sources.max_adapter_fetches, timeout_s=sources.adapter_fetch_timeout)
+    state = None
+    if sources.adapter_state is not None:
+        state = AdapterState(Path(sources.adapter_state))
+        _restore(state, registry)
     finder = AdapterFinder(
         sources,
         registry,
@@ -320,5 +384,23 @@ def build_finder(config: ServeConfig, tell: Callable[[AdapterMessage], None]) ->
         fetcher,
         base_model_name=config.api.model_id,
         max_waiting=config.api.max_concurrent_requests,
+        state=state,
+        names_of_start=names_of_start,
     )
+    if state is not None:
+        # Uploads whose names were never written down: the server was killed in between.
+        for key in store.keys_with(UPLOAD_PREFIX):
+            discard(key)
+        finder.bring_in_the_background()
     return finder
+
+
+def _restore(state: AdapterState, registry: AdapterRegistry) -> None:
+    """Have names stand for what they stood for when the server ended."""
+    state.open()
+    kept = state.load()
+    for one in kept:
+        registry.restore(one)
+    logger.info("%d names of adapters are as they were", sum(bool(one.versions) for one in kept))
+    for problem in state.problems():
+        logger.error("names of adapters: %s; requests for them are refused until they are registered again", problem)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from loraplex_server.adapter_origin import Origin
 from loraplex_server.adapter_registry import UseCount
 from loraplex_server.messages import AdapterSpec
 
@@ -16,3 +17,4 @@ class FoundAdapter:
     spec: AdapterSpec
     scope: str | None
     uses: UseCount
+    origin: Origin | None = None  # None: it was checked at the start

@@ -130,6 +130,7 @@ class ScriptedEngine:
     requests: list[GenerateRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     adapters: dict[str, AdapterSpec] = field(default_factory=dict)  # announced while it ran, by digest
+    of_start: set[str] = field(default_factory=set)  # digests that it has from its configuration
     kept: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -149,10 +150,12 @@ class ScriptedEngine:
                 assert spec.digest not in self.adapters, "an adapter is announced twice"
                 self.adapters[spec.digest] = spec
             case KeepAdapter(digest=digest, is_kept=is_kept):
-                assert digest in self.adapters and is_kept != (digest in self.kept)
+                assert digest in self.adapters.keys() | self.of_start and is_kept != (digest in self.kept)
                 self.kept ^= {digest}
             case UnloadAdapter(digest=digest):
-                del self.adapters[digest]
+                assert digest in self.adapters.keys() | self.of_start, "what it does not know cannot be forgotten"
+                self.adapters.pop(digest, None)
+                self.of_start.discard(digest)
                 self.kept.discard(digest)
 
     async def receive(self) -> FromEngine:
@@ -281,6 +284,7 @@ async def api_server(
     """The API over an engine; in memory, or with `live` behind a real socket."""
     engine = engine or ScriptedEngine()
     known = tuple(adapter_source(name) for name in adapters)
+    engine.of_start = {spec.digest for spec in known}
     config = ServeConfig(
         api=ApiConfig(**{"model_id": "tiny-base", **api_settings}),
         engine=EngineConfig(

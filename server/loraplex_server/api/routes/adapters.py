@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loraplex_server.adapter_location import AdapterLocation, parse_location, parse_source, trusted
+from loraplex_server.adapter_origin import AdapterOrigin, MergeOrigin
 from loraplex_server.adapter_registry import AdapterEntry, AdapterVersion
 from loraplex_server.adapter_store import MIB
 from loraplex_server.api.adapter_finder import AdapterFinder, DynamicAdapter
@@ -25,7 +26,6 @@ from loraplex_server.api.schemas.adapters import (
 from loraplex_server.api.state import ApiState
 from loraplex_server.api.upload import is_upload, receive_files
 from loraplex_server.errors import InvalidRequest
-from loraplex_server.wanted_merge import WantedMerge
 
 
 async def list_adapters(request: Request) -> Response:
@@ -79,7 +79,7 @@ async def change(request: Request) -> Response:
     if body.active is not None:
         entry = await finder.changes.split(name, {body.active: 1.0})
     if body.pinned is not None:
-        finder.registry.pin(entry, body.pinned)
+        entry = await finder.changes.pin(name, body.pinned)
     return _json(_named(finder, entry))
 
 
@@ -113,7 +113,7 @@ async def _register(request: Request, body: RegisterBody) -> Response:
             brings=body.preload is not False,
         )
     if body.pin is not None:
-        finder.registry.pin(entry, body.pin)
+        entry = await finder.changes.pin(entry.name, body.pin)
     return _json(_named(finder, entry))
 
 
@@ -131,7 +131,7 @@ async def _upload(request: Request) -> Response:
         activate=_switch(query, "activate", default=True),
     )
     if "pin" in query:
-        state.adapters.registry.pin(entry, _switch(query, "pin", default=False))
+        entry = await state.adapters.changes.pin(entry.name, _switch(query, "pin", default=False))
     return _json(_named(state.adapters, entry))
 
 
@@ -180,15 +180,17 @@ def _fetched(finder: AdapterFinder, one: DynamicAdapter) -> AdapterInfo:
 
 
 def _version(finder: AdapterFinder, version: AdapterVersion, share: float) -> VersionInfo:
-    spec, location = version.spec, version.location
+    spec, location = version.spec, version.place
     status = finder.status_of(spec) if spec is not None else None
+    # What was restored is known by its record before it is looked at.
+    known = spec or (version.origin if isinstance(version.origin, AdapterOrigin) else None)
     return VersionInfo(
         version=version.version,
         share=share,
         source=spec.source if spec is not None else location.source if location is not None else "",
         id=finder.place_of(location) if location is not None else version.label,
-        revision=spec.revision if spec is not None else None,
-        digest=spec.digest if spec is not None else None,
+        revision=known.revision if known is not None else None,
+        digest=known.digest if known is not None else None,
         rank=spec.rank if spec is not None else None,
         num_bytes=spec.num_bytes if spec is not None else None,
         tier=status.tier if status is not None else None,
@@ -196,15 +198,16 @@ def _version(finder: AdapterFinder, version: AdapterVersion, share: float) -> Ve
         device_bytes=status.device_bytes if status is not None else 0,
         num_requests=version.uses.num_requests,
         error=version.error,
-        merge=UNSET if version.merge is None else _merge(version.merge, version),
+        merge=_merge(version.origin) if isinstance(version.origin, MergeOrigin) else UNSET,
     )
 
 
-def _merge(merge: WantedMerge, version: AdapterVersion) -> MergeInfo:
+def _merge(origin: MergeOrigin) -> MergeInfo:
+    merge = origin.wanted
     return MergeInfo(
         parts=[
             PartInfo(id=adapter_id, weight=weight, digest=part.digest)
-            for adapter_id, weight, part in zip(merge.ids, merge.weights, version.parts, strict=True)
+            for adapter_id, weight, part in zip(merge.ids, merge.weights, origin.parts, strict=True)
         ],
         merge_strategy=merge.strategy,
         density=merge.density,

@@ -63,13 +63,13 @@ async def _load(request: Request) -> str:
         raise _Refused(str(error)) from None
     location = adapters.location_of(body.lora_path)
     try:
-        entry = await adapters.changes.register(body.lora_name, location, replaces=bool(body.load_inplace))
+        await adapters.changes.register(body.lora_name, location, replaces=bool(body.load_inplace))
     except NameTaken:
         raise _Refused(
             f"The lora adapter '{body.lora_name}' has already been loaded. To replace it, set `load_inplace` to true."
         ) from None
     if body.pinned is not None:
-        adapters.registry.pin(entry, body.pinned)
+        await adapters.changes.pin(body.lora_name, body.pinned)
     return body.lora_name
 
 
