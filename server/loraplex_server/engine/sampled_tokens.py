@@ -50,14 +50,15 @@ class PendingPrompt(Protocol):
 
 
 class TokenSampler(Protocol):
-    """Chooses the next token of each row, by the parameters of the sequence that is in the row.
+    """Chooses the next token of each row, by the parameters of the sequence that is in the row."""
 
-    `last_token_ids`, [rows] int64 on the device, holds what each row was given last, as soon as the device has come to
-    it: a step takes its tokens from there that is launched before they were read. A row whose logits were broken has
-    some token of the vocabulary there.
-    """
+    @property
+    def last_token_ids(self) -> Tensor:
+        """What each row was given last, [rows] int64 on the device, as soon as the device has come to it.
 
-    last_token_ids: Tensor
+        A step that is launched before its tokens were read takes them from there. A row whose logits were broken has
+        some token of the vocabulary.
+        """
 
     def add(self, row: int, params: SamplingParams, token_ids: list[int], num_output_tokens: int = 0) -> None:
         """Put a sequence into a free row: its tokens so far, of which the last `num_output_tokens` are output."""

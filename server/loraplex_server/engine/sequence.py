@@ -112,8 +112,8 @@ def last_occurrence(token_ids: Tokens[int], wanted: Tokens[int]) -> int | None:
 def new_sequence(request: GenerateRequest, order: int, invocation_token_ids: Tokens[int] = ()) -> Sequence:
     """A waiting sequence for a request.
 
-    A grammar's mask, a watermark's list and the ends of bad words are worked out by the host from the tokens before: a
-    sequence with one of them is in no step before its last token was read.
+    A grammar's mask and a watermark's list are worked out by the host from the tokens before: a sequence with one of
+    them is in no step before its last token was read. It runs in every second step then, and costs the others nothing.
 
     With invocation tokens its adapter acts from their last occurrence in the prompt on, as in PEFT; where they do not
     occur the sequence is one of the base.
@@ -129,7 +129,7 @@ def new_sequence(request: GenerateRequest, order: int, invocation_token_ids: Tok
         token_ids=list(request.prompt_token_ids),
         num_prompt_tokens=len(request.prompt_token_ids),
         adapter_start=adapter_start or 0,
-        needs_known_tokens=sampling.guide is not None or sampling.watermark or bool(sampling.bad_words),
+        needs_known_tokens=sampling.guide is not None or sampling.watermark,
         prompt_logprobs=[None] if sampling.prompt_logprobs else None,
         prompt_top_logprobs=[[]] if sampling.num_prompt_logprobs else [],
     )

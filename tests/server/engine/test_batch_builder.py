@@ -1,9 +1,10 @@
 """From a plan to tensors: positions, cells and rows, checked by hand on blocks of four."""
 
+import pytest
 import torch
 
 from loraplex_server.engine.batch_builder import BatchBuilder
-from loraplex_server.engine.step import ScheduledSequence, StepPlan
+from loraplex_server.engine.step import FUTURE_TOKEN, ScheduledSequence, StepPlan
 
 SIZE = 4
 
@@ -62,6 +63,17 @@ def test_a_reused_row_forgets_its_blocks_and_what_lies_beyond_a_sequence_is_bloc
     rows.start_row(0)
     batch = rows.build(plan(part(1, [3], 9, []), part(0, [1, 1], 0, [2]), num_decodes=1))
     assert batch.attention.block_table.tolist() == [[4, 5, 6], [2, 0, 0]]
+
+
+def test_a_token_that_nobody_has_read_is_the_one_that_its_row_chose_last():
+    rows = builder()
+    start = plan(part(3, [4, 5], 0, [6]), part(1, [7], 0, [5]), part(0, [8], 0, [2]))
+    rows.build(start)
+    step = plan(part(3, [FUTURE_TOKEN], 2, []), part(0, [9], 1, []), part(1, [FUTURE_TOKEN], 1, []), num_decodes=3)
+    batch = rows.build(step, torch.tensor([10, 11, 12, 13]))
+    assert batch.token_ids.tolist() == [13, 9, 11]
+    with pytest.raises(AssertionError, match="nobody has read"):
+        builder().build(plan(part(2, [FUTURE_TOKEN], 0, [0]), num_decodes=1))
 
 
 def test_a_chunk_without_a_sample_gives_no_logits_and_one_with_targets_gives_all():

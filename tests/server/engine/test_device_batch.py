@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from tiny_models import make_peft_adapter, make_tiny_llama
 from triton_interpreter import needs_interpreter
 
@@ -17,7 +18,7 @@ from loraplex_models.parallel import ParallelGroup
 from loraplex_server.engine.device_batch import DeviceBatchBuilder
 from loraplex_server.engine.graphs import DecodeGraphs, graph_sizes, run_again
 from loraplex_server.engine.staging import StagedInputs, send_arrays
-from loraplex_server.engine.step import ScheduledSequence, StepPlan
+from loraplex_server.engine.step import FUTURE_TOKEN, ScheduledSequence, StepPlan
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS, MAX_BLOCKS = 4, 40, 9
@@ -84,7 +85,10 @@ def decodes(slots_of_rows: list[int], rng: random.Random) -> StepPlan:
 
 @needs_interpreter
 def test_a_filled_up_batch_gives_the_logits_of_the_batch_alone(parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph serves batches of other sizes, other adapters and other ranks, one after the other."""
+    """One graph serves batches of other sizes, other adapters and other ranks, one after the other.
+
+    Every second token of a batch is the one that its row chose last.
+    """
     monkeypatch.setattr(dispatch, "INTERPRETS", True)
     model, adapters = parts
     slots = PagedAdapterSlots(model, 2, 64)
@@ -108,9 +112,15 @@ def test_a_filled_up_batch_gives_the_logits_of_the_batch_alone(parts, monkeypatc
             for slot, one in enumerate(weights):
                 slots.set(slot, one)
             plan, builder = decodes(rows, rng), DeviceBatchBuilder(4, MAX_BLOCKS, BLOCK_SIZE, slots, CPU)
-            arrays = builder.arrays(plan)
-            ours = graphs.run(plan, arrays, has_adapters=any(slot >= 0 for slot in rows))
-            truth = model.forward(builder.batch(plan, arrays), other)
+            whole = builder.build(plan)
+            truth = model.forward(whole, other)
+            chosen = torch.full((4,), 7)
+            chosen[1 : len(rows) : 2] = whole.token_ids[1::2]
+            unread = [replace(one, token_ids=[FUTURE_TOKEN]) if one.row % 2 else one for one in plan.sequences]
+            arrays = DeviceBatchBuilder(4, MAX_BLOCKS, BLOCK_SIZE, slots, CPU).arrays(replace(plan, sequences=unread))
+            assert torch.equal(builder.batch(plan, arrays, chosen).token_ids, whole.token_ids)
+            has_adapters = any(slot >= 0 for slot in rows)
+            ours = graphs.run(plan, arrays, has_adapters=has_adapters, last_token_ids=chosen)
             assert ours is not None and (ours - truth).abs().max() < 1e-4
             for layer, same in zip(cache.layers, other.layers, strict=True):
                 assert torch.allclose(layer[:SPARE_CELL], same[:SPARE_CELL], atol=1e-4)
