@@ -61,6 +61,7 @@ def test_a_seeded_answer_is_the_same_in_any_batch_and_after_preemption(bench: En
             max_batch_size=rng.choice([2, 5, 16]),
             max_batch_prefill_tokens=rng.choice([3, 8, 64]),
             prefix_caching=rng.random() < 0.7,
+            overlap_steps="on" if mix % 2 else "off",
         )
         drawn = {str(i): (rng.choice(numbers), rng.choice((0, 2**64 - 1))) for i in range(8)}
         for name, (number, seed) in drawn.items():

@@ -27,10 +27,10 @@ GPTQ_SHAPE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 Outputs = dict[str, list[TokenOutput]]
 
 
-def follow_rank(folder: Path, group: ParallelGroup, unreadable: Path | None) -> None:
+def follow_rank(folder: Path, group: ParallelGroup, unreadable: Path | None, overlap_steps: str) -> None:
     """The life of a rank that is not the first, and that cannot read one folder."""
     bench = EngineBench(folder, {}, group=group)
-    config, limits = bench.settle()
+    config, limits = bench.settle(overlap_steps=overlap_steps)
     ours, theirs = socket.socketpair()
     heartbeat = Heartbeat(ControlLine(ours))
     worker = build_worker(config, bench.model, limits)
@@ -57,14 +57,16 @@ def over_ranks(
     adapters: dict[str, Path],
     play: Callable[[EngineBench], None],
     unreadable: Path | None = None,
+    overlap_steps: str = "off",
 ) -> Outputs:
     """What the engine says when `play` is done with it."""
 
     def work(group: ParallelGroup) -> Outputs:
         if group.rank > 0:
-            follow_rank(folder, group, unreadable)
+            follow_rank(folder, group, unreadable, overlap_steps)
             return {}
         bench = EngineBench(folder, adapters, group=group)
+        bench.start(overlap_steps=overlap_steps)
         try:
             play(bench)
         finally:
@@ -111,8 +113,9 @@ def test_ranks_together_give_the_tokens_of_one(world: tuple[Path, dict[str, Path
     folder, adapters = world
     alone = token_ids(over_ranks(1, tmp_path, folder, adapters, mixed))
     assert len({tuple(tokens) for tokens in alone.values()}) > 6
-    for size in (2, 4):
-        assert token_ids(over_ranks(size, tmp_path, folder, adapters, mixed)) == alone
+    for size, overlap_steps in ((2, "on"), (4, "off")):
+        together = over_ranks(size, tmp_path, folder, adapters, mixed, overlap_steps=overlap_steps)
+        assert token_ids(together) == alone
 
 
 def test_an_adapter_that_one_rank_cannot_read_costs_its_own_requests_only(tmp_path: Path) -> None:
