@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from loraplex_kernels.dispatch import has_gpu_forms
 from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.config import ModelConfig, read_config
 from loraplex_models.decoder import CausalLM
@@ -187,7 +188,10 @@ def make_world(
     model: CausalLM, adapters: dict[str, AdapterWeights], *, max_batch_size: int, max_total_tokens: int,
     num_slots: int, max_rank: int, max_prefill: int = 8192, adapter_memory: str = "24GiB",
 ) -> World:  # fmt: skip
-    """An engine over a model that is loaded already; `adapters`: what their digests stand for."""
+    """An engine over a model that is loaded already; `adapters`: what their digests stand for.
+
+    Where kernels are those of a GPU, a step is launched before the one before is read, as the server does there.
+    """
     config = EngineConfig(
         device=model.device.type, max_batch_size=max_batch_size, max_total_tokens=max_total_tokens,
         max_batch_prefill_tokens=max_prefill, prefix_caching=False, starvation_bound_s=60.0,
@@ -205,7 +209,10 @@ def make_world(
         max_total_tokens=max_total_tokens, num_slots=num_slots, max_lora_rank=max_rank, sampler=sampler,
         read_adapter=lambda path: adapters[path],
     )  # fmt: skip
-    engine = Engine(config, LocalExecutor(worker), num_kv_blocks=num_kv_blocks, end_token_ids=frozenset())
+    engine = Engine(
+        config, LocalExecutor(worker), num_kv_blocks=num_kv_blocks, end_token_ids=frozenset(),
+        runs_ahead=has_gpu_forms(model.device),
+    )  # fmt: skip
     for digest, weights in adapters.items():
         engine.load_adapter(
             AdapterSpec(adapter_id=digest, digest=digest, path=digest, rank=weights.rank, num_bytes=weights.num_bytes)

@@ -32,7 +32,7 @@ def bench(tmp_path: Path) -> EngineBench:
     return EngineBench(tmp_path / "model", adapters)
 
 
-def answers(bench: EngineBench, **settings: int) -> dict[str, tuple[list[int], list[float]]]:
+def answers(bench: EngineBench, **settings: int | str) -> dict[str, tuple[list[int], list[float]]]:
     bench.start(**settings)
     for name, prompt, adapter in REQUESTS:
         bench.add(name, prompt, adapter, max_new_tokens=5, ignore_eos=True)
@@ -49,6 +49,7 @@ def test_the_engine_gives_the_same_tokens_by_triton_and_by_the_cpu(
     # One slot for two adapters, and prompts in chunks: adapters come and go between steps.
     settings = {"max_resident_adapters": 1, "max_batch_prefill_tokens": 8}
     truth = answers(bench, **settings)
+    settings["overlap_steps"] = "on"
     monkeypatch.setattr(dispatch, "INTERPRETS", True)
     monkeypatch.setattr(forward_pass, "CAPTURE_ON_CPU", run_again)
     ours = answers(bench, **settings)

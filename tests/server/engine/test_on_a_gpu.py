@@ -8,11 +8,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[3] / "bench"))
 from gpu_checks import check_engine, check_graphs, check_kernels
-from gpu_world import random_model
-
-from loraplex_models.adapters.paged_slots import PagedAdapterSlots
-from loraplex_server.engine.forward_pass import ForwardPass
-from loraplex_server.engine.step import ScheduledSequence, StepPlan
+from gpu_world import make_world, random_adapter, random_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GPU = torch.device("cuda")
@@ -30,25 +26,23 @@ def test_graphs_give_the_tokens_of_plain_steps() -> None:
     assert all(row["ok"] for dtype in (torch.float32, torch.bfloat16) for row in check_graphs(GPU, dtype, small=True))
 
 
-def test_a_decode_step_never_waits_for_the_device() -> None:
+def test_decode_steps_never_wait_for_the_device_but_to_read_the_step_before() -> None:
     model = random_model("tiny", torch.bfloat16, GPU)
-    slots = PagedAdapterSlots(model, 2, 8)
-    run = ForwardPass(model, slots, num_kv_blocks=8, block_size=16, max_batch_size=2, max_blocks=4)
-    plans = [
-        StepPlan(
-            step_id=step, num_decodes=1, sequences=[
-                ScheduledSequence(
-                    row=0, token_ids=[5], start=step, new_block_ids=[0] if step == 0 else [], slot=-1, samples=True
-                )
-            ],
-        )
-        for step in range(4)
-    ]  # fmt: skip
-    with torch.inference_mode():
-        run.run(plans[0])  # compiles and captures
+    adapter = random_adapter(model.config, model, 8, 1)
+    world = make_world(model, {adapter.digest: adapter}, max_batch_size=4, max_total_tokens=96, num_slots=1, max_rank=8)
+    try:
+        names = [world.add(5, 60, digest) for digest in (None, adapter.digest, adapter.digest)]
+        steps = world.run()
+        while len(next(steps)[1]) < len(names):  # compiles and captures, and brings the adapter in
+            pass
+        next(steps)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for plan in plans[1:]:
-                run.run(plan)
+            found = [next(steps)[1] for _ in range(20)]
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert all(set(tokens) == set(names) for tokens in found)
+        for _ in steps:
+            pass
+    finally:
+        world.engine.close()
