@@ -1,9 +1,11 @@
-"""Choosing tokens."""
+"""Choosing the most likely tokens."""
 
 from torch import Tensor
 
 from loraplex_kernels.cpu import choice as _cpu
 from loraplex_kernels.dispatch import on_gpu
+from loraplex_kernels.reference import choice as _reference
+from loraplex_kernels.row_state import Chosen, RowState
 
 
 def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,3 +19,17 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
 
         return _gpu.most_likely(logits)
     return _cpu.most_likely(logits)
+
+
+def choose_rows(logits: Tensor, lines: Tensor, rows: Tensor, state: RowState, chosen: Chosen) -> None:
+    """`most_likely` of some lines of `logits` into `chosen`, and the rows that they belong to advanced: for GPUs.
+
+    logits: [lines, vocab], a line dense; lines, rows, and those of `chosen`: [N], lines and rows int32. A row without
+    a token stays as it was.
+    """
+    if on_gpu(logits):
+        from loraplex_kernels.gpu import choice as _gpu  # Triton exists on GPU machines only
+
+        _gpu.choose_rows(logits, lines, rows, state, chosen)
+    else:
+        _reference.choose_rows(logits, lines, rows, state, chosen)

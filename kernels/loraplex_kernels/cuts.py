@@ -4,30 +4,20 @@ from torch import Tensor
 
 from loraplex_kernels.dispatch import on_gpu
 from loraplex_kernels.reference import cuts as _reference
+from loraplex_kernels.sampling_inputs import Cuts
 
 
-def keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> None:
-    """Cut each row to its `top_k` best tokens, then to the fewest of these that together reach `top_p`, in place.
+def cut_scores(scores: Tensor, cuts: Cuts, token_ids: Tensor) -> None:
+    """Cut rows to the tokens that may be drawn, in place; what is cut becomes -inf.
 
-    scores: [rows, vocab] float32, dense, with a finite number in each row; what is cut becomes -inf. top_k: [rows]
-    int64, vocab for off; top_p: [rows] float32, 1 for off. The token that crosses the border stays, and so do its ties.
+    scores: [places, vocab] float32, dense; token_ids: [places] int64, below 0 where a row's scores are broken: those
+    rows are left. One after the other: the `top_k` best tokens; the fewest of these that together reach `top_p`; those
+    that are at least `least`; those whose information is closest to the row's entropy, until they reach `typical_p`
+    together. The token that crosses a border stays, and so do its ties.
     """
     if on_gpu(scores):
         from loraplex_kernels.gpu import cuts as _gpu  # Triton exists on GPU machines only
 
-        _gpu.keep_top(scores, top_k, top_p)
+        _gpu.cut_scores(scores, cuts, token_ids)
     else:
-        _reference.keep_top(scores, top_k, top_p)
-
-
-def keep_typical(scores: Tensor, typical_p: Tensor) -> None:
-    """Keep the tokens whose information is closest to the row's entropy, until they reach `typical_p` together.
-
-    As `keep_top`; typical_p: [rows] float32.
-    """
-    if on_gpu(scores):
-        from loraplex_kernels.gpu import cuts as _gpu  # Triton exists on GPU machines only
-
-        _gpu.keep_typical(scores, typical_p)
-    else:
-        _reference.keep_typical(scores, typical_p)
+        _reference.cut_scores(scores, cuts, token_ids)

@@ -8,26 +8,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loraplex_kernels.sampling_inputs import Cuts
+
 COUNT, MASS, TYPICAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BLOCK = 1024
 
 
 @triton.jit
-def _ordered(numbers):
+def order_of(numbers, logsum, entropy, KIND: tl.constexpr):
+    """What tokens are ordered by, highest first: the scores, or how near their information is to the entropy."""
+    if KIND == TYPICAL:
+        numbers = -tl.abs(numbers - logsum + entropy)
     bits = numbers.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _order_of(numbers, logsum, entropy, KIND: tl.constexpr):
-    """What tokens are ordered by, highest first: the scores, or how near their information is to the entropy."""
-    if KIND == TYPICAL:
-        return _ordered(-tl.abs(numbers - logsum + entropy))
-    return _ordered(numbers)
-
-
-@triton.jit
-def _border(scores, size, wanted, floor, logsum, entropy, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def border_of(scores, size, wanted, floor, logsum, entropy, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """The highest key from which on tokens not below `floor` make up `wanted`, in number or probability."""
     border = floor * 0
     digit = tl.arange(0, 16)
@@ -36,8 +33,8 @@ def _border(scores, size, wanted, floor, logsum, entropy, KIND: tl.constexpr, BL
         found = tl.zeros((16,), tl.float32)
         for start in range(0, size, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            numbers = tl.load(scores + column, mask=column < size, other=float("-inf"))
-            key = _order_of(numbers, logsum, entropy, KIND)
+            numbers = tl.load(scores + column, mask=column < size, other=float("-inf")).to(tl.float32)
+            key = order_of(numbers, logsum, entropy, KIND)
             weight = tl.exp(numbers - logsum)
             if KIND == COUNT:
                 weight = (column < size).to(tl.float32)
@@ -67,50 +64,57 @@ def _cut(scores, size, border, logsum, entropy, KIND: tl.constexpr, BLOCK: tl.co
     for start in range(0, size, BLOCK):
         column = start + tl.arange(0, BLOCK)
         numbers = tl.load(scores + column, mask=column < size, other=float("-inf"))
-        key = _order_of(numbers, logsum, entropy, KIND)
+        key = order_of(numbers, logsum, entropy, KIND)
         tl.store(scores + column, tl.where(key >= border, numbers, float("-inf")), mask=column < size)
 
 
 @triton.jit
-def _keep_top(scores, top_k, top_p, size, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    scores += row * size
-    most = tl.load(top_k + row)
-    share = tl.load(top_p + row)
-    nothing = tl.zeros((1,), tl.int32).to(tl.uint32, bitcast=True)
-    lowest = tl.min(nothing, 0)
-    border = lowest
-    if most < size:
-        border = _border(scores, size, most.to(tl.float32), lowest, 0.0, 0.0, COUNT, BLOCK)
-        _cut(scores, size, border, 0.0, 0.0, COUNT, BLOCK)
-        tl.debug_barrier()  # what other threads have cut is read below
-    if share < 1.0:
-        logsum = _logsum(scores, size, BLOCK)
-        border = _border(scores, size, share, lowest, logsum, 0.0, MASS, BLOCK)
-        _cut(scores, size, border, 0.0, 0.0, MASS, BLOCK)
-
-
-@triton.jit
-def _keep_typical(scores, typical_p, size, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    scores += row * size
-    logsum = _logsum(scores, size, BLOCK)
+def _entropy(scores, size, logsum, BLOCK: tl.constexpr):
     information = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         column = start + tl.arange(0, BLOCK)
         logprob = tl.load(scores + column, mask=column < size, other=float("-inf")) - logsum
         information -= tl.where(logprob == float("-inf"), 0.0, tl.exp(logprob) * tl.maximum(logprob, -3e38))
-    entropy = tl.sum(information, 0)
-    nothing = tl.zeros((1,), tl.int32).to(tl.uint32, bitcast=True)
-    border = _border(scores, size, tl.load(typical_p + row), tl.min(nothing, 0), logsum, entropy, TYPICAL, BLOCK)
-    _cut(scores, size, border, logsum, entropy, TYPICAL, BLOCK)
+    return tl.sum(information, 0)
 
 
-def keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> None:
-    if len(scores):
-        _keep_top[(len(scores),)](scores, top_k, top_p, scores.shape[1], BLOCK=BLOCK, num_warps=8)
+@triton.jit
+def _cut_scores(scores, places, token_ids, top_k, top_p, least, typical_p, size, BLOCK: tl.constexpr):
+    entry = tl.program_id(0)
+    place = tl.load(places + entry).to(tl.int64)
+    if tl.load(token_ids + place) < 0:
+        return
+    scores += place * size
+    most = tl.load(top_k + entry)
+    share = tl.load(top_p + entry)
+    floor = tl.load(least + entry)
+    typical = tl.load(typical_p + entry)
+    lowest = tl.min(tl.zeros((1,), tl.int32).to(tl.uint32, bitcast=True), 0)
+    # What other threads have cut is read after each barrier.
+    if most < size:
+        border = border_of(scores, size, most.to(tl.float32), lowest, 0.0, 0.0, COUNT, BLOCK)
+        _cut(scores, size, border, 0.0, 0.0, COUNT, BLOCK)
+        tl.debug_barrier()
+    if share < 1.0:
+        logsum = _logsum(scores, size, BLOCK)
+        border = border_of(scores, size, share, lowest, logsum, 0.0, MASS, BLOCK)
+        _cut(scores, size, border, logsum, 0.0, MASS, BLOCK)
+        tl.debug_barrier()
+    if floor > float("-inf"):
+        for start in range(0, size, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            numbers = tl.load(scores + column, mask=column < size, other=float("-inf"))
+            tl.store(scores + column, tl.where(numbers < floor, float("-inf"), numbers), mask=column < size)
+        tl.debug_barrier()
+    if typical < 1.0:
+        logsum = _logsum(scores, size, BLOCK)
+        entropy = _entropy(scores, size, logsum, BLOCK)
+        border = border_of(scores, size, typical, lowest, logsum, entropy, TYPICAL, BLOCK)
+        _cut(scores, size, border, logsum, entropy, TYPICAL, BLOCK)
 
 
-def keep_typical(scores: Tensor, typical_p: Tensor) -> None:
-    if len(scores):
-        _keep_typical[(len(scores),)](scores, typical_p, scores.shape[1], BLOCK=BLOCK, num_warps=8)
+def cut_scores(scores: Tensor, cuts: Cuts, token_ids: Tensor) -> None:
+    _cut_scores[(len(cuts.places),)](
+        scores, cuts.places, token_ids, cuts.top_k, cuts.top_p, cuts.least, cuts.typical_p, scores.shape[1],
+        BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip

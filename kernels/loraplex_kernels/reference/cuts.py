@@ -3,20 +3,24 @@
 import torch
 from torch import Tensor
 
+from loraplex_kernels.sampling_inputs import Cuts
 
-def keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> None:
-    for row, most, share in zip(scores, top_k.tolist(), top_p.tolist(), strict=True):
+
+def cut_scores(scores: Tensor, cuts: Cuts, token_ids: Tensor) -> None:
+    columns = (cuts.places, cuts.top_k, cuts.top_p, cuts.least, cuts.typical_p)
+    for place, top_k, top_p, least, typical_p in zip(*(column.tolist() for column in columns), strict=True):
+        if token_ids[place] < 0:
+            continue
+        row = scores[place]
         best = row.sort(descending=True).values
-        row[row < best[most - 1]] = -torch.inf
-        if share < 1:
-            _keep_share(row, row, share)
-
-
-def keep_typical(scores: Tensor, typical_p: Tensor) -> None:
-    for row, share in zip(scores, typical_p.tolist(), strict=True):
-        logprobs = row.log_softmax(0)
-        entropy = -(logprobs.exp() * logprobs).nansum()
-        _keep_share(row, -(logprobs + entropy).abs(), share)
+        row[row < best[top_k - 1]] = -torch.inf
+        if top_p < 1:
+            _keep_share(row, row, top_p)
+        row[row < least] = -torch.inf
+        if typical_p < 1:
+            logprobs = row.log_softmax(0)
+            entropy = -(logprobs.exp() * logprobs).nansum()
+            _keep_share(row, -(logprobs + entropy).abs(), typical_p)
 
 
 def _keep_share(row: Tensor, order: Tensor, share: float) -> None:

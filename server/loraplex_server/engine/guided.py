@@ -100,7 +100,6 @@ class GuidedRows:
     def __init__(self, library: GrammarLibrary):
         self._library = library
         self._matchers: dict[int, llguidance.LLMatcher] = {}
-        self._problems: dict[int, str] = {}
         self._masks = np.zeros((0, 0), dtype=np.int32)
 
     def start(self, row: int, grammar: str, output_token_ids: Sequence[int]) -> None:
@@ -112,27 +111,24 @@ class GuidedRows:
         """Forget a row."""
         del self._matchers[row]
 
-    def masks(self, rows: Sequence[int]) -> NDArray[np.int32]:
-        """Which tokens each of the rows may take next, [rows, words] int32; valid until the next call.
+    def masks(self, rows: Sequence[int]) -> tuple[NDArray[np.int32], dict[int, str]]:
+        """Which tokens each of the rows may take next, [rows, words] int32, valid until the next call.
 
         Bit i of a line stands for token i, the lowest bit of a word first. A line without any bit belongs to a row
-        that cannot go on; `advance` says why.
+        that cannot go on; why, is the second part of the answer.
         """
         num_words = self._library.num_mask_words
         if len(self._masks) < len(rows):
             self._masks = np.zeros((max(len(rows), 2 * len(self._masks)), num_words), dtype=np.int32)
         masks = self._masks[: len(rows)]
-        self._problems = {}
+        problems: dict[int, str] = {}
         for line, row in enumerate(rows):
             problem = fill_mask(self._matchers[row], masks, line)
             if problem is not None:
-                self._problems[row] = f"the grammar: {problem}"
-        return masks
+                problems[row] = f"the grammar: {problem}"
+        return masks, problems
 
-    def advance(self, token_ids: Mapping[int, int]) -> dict[int, str]:
-        """Take in the token that each row of the last masks has got; returns why the rows without one cannot go on."""
-        problems = self._problems
+    def advance(self, token_ids: Mapping[int, int]) -> None:
+        """Take in the tokens that rows have got."""
         for row, token_id in token_ids.items():
-            if row not in problems and token_id >= 0:
-                self._matchers[row].consume_token(token_id)
-        return problems
+            self._matchers[row].consume_token(token_id)

@@ -1,10 +1,10 @@
-"""What a request's parameters do to its scores: penalties, watermark and cuts, as operations on rows of a batch.
+"""What a request's parameters do to its scores on a CPU: penalties, watermark and cuts, on rows of a batch.
 
 Scores are float32, [rows, vocab], and changed in place; a parameter has one value a row. The order is TGI's:
 watermark, repetition, frequency, presence, temperature, top_k, top_p, min_p, typical_p. Of OpenAI's, logit_bias comes
 before all of them and its frequency penalty, here `count`, behind presence. A grammar's mask comes first of all: what
 it sets to minus infinity nothing brings back.
-On the CPU sorting and argmax go through numpy, whose AVX kernels are 10 to 25 times faster than torch's here.
+Sorting and argmax go through numpy, whose AVX kernels are 10 to 25 times faster than torch's here.
 """
 
 import numpy as np
@@ -12,15 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraplex_kernels import cuts
-from loraplex_kernels.dispatch import on_gpu
-
 WATERMARK_KEY = 15485863  # the millionth prime; as TGI and transformers, so that their detectors find the watermark
 
 
 def copy_as_float(logits: Tensor, out: Tensor) -> None:
     """Write `logits` to `out`, float32 of the same shape."""
-    if logits.dtype is torch.bfloat16 and logits.device.type == "cpu":
+    if logits.dtype is torch.bfloat16:
         # A bfloat16 is the upper half of a float32. One numpy pass takes 6 µs a row of 49,152; the conversion of
         # torch wakes its thread pool, 100 µs when that has gone to sleep.
         bits = logits.view(torch.int16).numpy().view(np.uint16)
@@ -35,41 +32,33 @@ def keep_allowed(scores: Tensor, lines: list[int], masks: NDArray[np.int32]) -> 
     masks: [lines, at least vocab / 32] int32; bit i of a line stands for token i, the lowest bit of a word first.
     """
     vocab_size = scores.shape[1]
-    if scores.device.type == "cpu":
-        # Bit by bit in numpy: 5 µs a row of 49,152.
-        bits = np.unpackbits(masks.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
-        blocked = torch.from_numpy(bits == 0)
-    else:
-        blocked = ~allowed_tokens(torch.from_numpy(masks).to(scores.device), vocab_size)
+    # Bit by bit in numpy: 5 µs a row of 49,152.
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+    blocked = torch.from_numpy(bits == 0)
     for place, line in enumerate(lines):
         scores[line].masked_fill_(blocked[place], -torch.inf)
 
 
-def allowed_tokens(masks: Tensor, vocab_size: int) -> Tensor:
-    """Masks as `keep_allowed` takes them, [lines, words] int32, as booleans: [lines, vocab_size]."""
-    shifts = torch.arange(32, dtype=torch.int32, device=masks.device)
-    return ((masks[:, :, None] >> shifts) & 1).bool().flatten(1)[:, :vocab_size]
-
-
 def argmax(scores: Tensor) -> Tensor:
     """The index of each row's maximum, the lowest on ties, that of a NaN before all. Returns [rows] int64."""
-    if scores.device.type == "cpu":
-        return torch.from_numpy(scores.numpy().argmax(axis=1))
-    return scores.argmax(dim=1)
+    return torch.from_numpy(scores.numpy().argmax(axis=1))
 
 
 def add_watermark(scores: Tensor, previous_token_ids: list[int], gamma: float, delta: float) -> None:
-    """Add `delta` to the green list that each row's previous token seeds (Kirchenbauer et al. 2023, algorithm 2).
-
-    The list is the first gamma · vocab of a random permutation, always drawn by the CPU's generator: the same list
-    on any device, and the one that transformers' "lefthash" detector expects.
-    """
-    vocab_size = scores.shape[1]
-    generator = torch.Generator()
+    """Add `delta` to the green list that each row's previous token seeds (Kirchenbauer et al. 2023, algorithm 2)."""
     for row, token_id in enumerate(previous_token_ids):
-        generator.manual_seed(WATERMARK_KEY * token_id)
-        green = torch.randperm(vocab_size, generator=generator)[: int(vocab_size * gamma)]
-        scores[row, green.to(scores.device)] += delta
+        scores[row, torch.from_numpy(green_list(token_id, scores.shape[1], gamma))] += delta
+
+
+def green_list(token_id: int, vocab_size: int, gamma: float) -> NDArray[np.int64]:
+    """The tokens that a watermark favours behind `token_id`: the first gamma · vocab of a random permutation.
+
+    It is always drawn by the CPU's generator: the same list on any device, and the one that transformers' "lefthash"
+    detector expects.
+    """
+    generator = torch.Generator()
+    generator.manual_seed(WATERMARK_KEY * token_id)
+    return torch.randperm(vocab_size, generator=generator)[: int(vocab_size * gamma)].numpy()
 
 
 def penalise(
@@ -118,9 +107,6 @@ def keep_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> None:
     top_k: [rows] int64, vocab for off; top_p: [rows], 1 for off. The token that crosses the border stays, and so
     does every token that ties with the last one kept: what is kept does not depend on how ties were sorted.
     """
-    if on_gpu(scores):
-        cuts.keep_top(scores, top_k, top_p)
-        return
     ascending = _sort(scores)
     border = ascending.gather(1, scores.shape[1] - top_k[:, None])
     probs = (ascending - ascending[:, -1:]).exp_().masked_fill_(ascending < border, 0)
@@ -142,9 +128,6 @@ def keep_typical(scores: Tensor, typical_p: Tensor) -> None:
 
     typical_p: [rows]. The token that crosses the border stays, and so do its ties (Meister et al. 2022).
     """
-    if on_gpu(scores):
-        cuts.keep_typical(scores, typical_p)
-        return
     logprobs = scores.log_softmax(dim=1)
     probs = logprobs.exp()
     entropy = -(logprobs * probs).nansum(dim=1, keepdim=True)
@@ -176,12 +159,8 @@ def top_tokens(logprobs: Tensor, counts: list[int]) -> list[list[tuple[int, floa
 
 
 def _sort(scores: Tensor) -> Tensor:
-    if scores.device.type == "cpu":
-        return torch.from_numpy(np.sort(scores.numpy(), axis=1))
-    return scores.sort(dim=1).values
+    return torch.from_numpy(np.sort(scores.numpy(), axis=1))
 
 
 def _argsort(values: Tensor) -> Tensor:
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.argsort(values.numpy(), axis=1))
-    return values.argsort(dim=1)
+    return torch.from_numpy(np.argsort(values.numpy(), axis=1))

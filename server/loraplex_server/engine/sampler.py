@@ -21,11 +21,18 @@ from loraplex_server.engine.sampled_tokens import (
     ReadyTokens,
     SampledTokens,
 )
-from loraplex_server.engine.sampling_batch import Batch, Bias, Cut, Draws, Penalties
+from loraplex_server.engine.sampling_batch import (
+    LOWEST_TEMPERATURE,
+    Batch,
+    Bias,
+    Cut,
+    Draws,
+    Penalties,
+    has_penalty,
+)
 from loraplex_server.engine.token_bans import TokenBans, has_bans
 from loraplex_server.messages import SamplingParams, TopLogprob
 
-_LOWEST_TEMPERATURE = 1e-30  # a smaller one may be 0 in float32; at this one only ties with the best are left
 _PROMPT_LOGPROB_ROWS = 64  # at a time: 49,152 float32 scores of a row take 192 KiB
 
 
@@ -103,7 +110,6 @@ class Sampler:
 
         logits: [rows, vocab]; a row with a grammar or bans is cut to the tokens that it allows, the others are not
         changed.
-        Masks are filled on the CPU before anything waits for the logits: a GPU computes them meanwhile.
         """
         batch = self._batch
         if batch is None or batch.rows != rows:
@@ -113,11 +119,11 @@ class Sampler:
         if not batch.guided:
             return self._sample(logits, batch)
         guided = [rows[position] for position in batch.guided]
-        processors.keep_allowed(logits, batch.guided, self._guides.masks(guided))
+        masks, problems = self._guides.masks(guided)
+        processors.keep_allowed(logits, batch.guided, masks)
         sampled = self._sample(logits, batch)
-        problems = self._guides.advance(
-            {row: sampled.token_ids[i] for i, row in zip(batch.guided, guided, strict=True)}
-        )
+        chosen = {row: sampled.token_ids[i] for i, row in zip(batch.guided, guided, strict=True)}
+        self._guides.advance({row: token_id for row, token_id in chosen.items() if token_id != NO_TOKEN})
         return replace(sampled, problems=problems)
 
     def _sample(self, logits: Tensor, batch: Batch) -> SampledTokens:
@@ -226,8 +232,7 @@ class Sampler:
             if sound[position]:
                 self._bans.advance(batch.rows[position], int(token_ids[position]))
         self._num_tokens[batch.row_index] += np.array(sound, dtype=np.int64)
-        if token_ids.device.type == "cpu":
-            self.last_token_ids.numpy()[batch.row_index] = np.maximum(token_ids.numpy(), 0)
+        self.last_token_ids.numpy()[batch.row_index] = np.maximum(token_ids.numpy(), 0)
 
     def _reserve_scratch(self, num_rows: int) -> None:
         # Fresh buffers of this size are fresh pages each time: 1 ms for 8 rows, more than the sampling itself.
@@ -249,7 +254,7 @@ class Sampler:
         """Collect the parameters of the rows into tensors."""
         params = [self._params_of(row) for row in rows]
         row_index = np.array(rows, dtype=np.int64)
-        penalised = [i for i, p in enumerate(params) if _has_penalty(p)]
+        penalised = [i for i, p in enumerate(params) if has_penalty(p)]
         sampled = [i for i, p in enumerate(params) if p.do_sample]
         return Batch(
             rows=list(rows),
@@ -305,7 +310,7 @@ class Sampler:
             index=self._ints(positions),
             rows=row_index[positions],
             keys=seed_keys([p.seed for p in some]),
-            temperature=self._floats([max(p.temperature, _LOWEST_TEMPERATURE) for p in some])[:, None],
+            temperature=self._floats([max(p.temperature, LOWEST_TEMPERATURE) for p in some])[:, None],
             cuts=cuts,
         )
 
@@ -332,17 +337,8 @@ class Sampler:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
 
-def _has_penalty(params: SamplingParams) -> bool:
-    return (
-        params.repetition_penalty != 1
-        or params.frequency_penalty != 0
-        or params.presence_penalty != 0
-        or params.count_penalty != 0
-    )
-
-
 def _looks_back(params: SamplingParams) -> bool:
-    return params.watermark or _has_penalty(params)
+    return params.watermark or has_penalty(params)
 
 
 def _top_logprobs(logprobs: Tensor, counts: dict[int, int]) -> list[list[TopLogprob]]:

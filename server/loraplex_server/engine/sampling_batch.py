@@ -7,6 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraplex_server.messages import SamplingParams
+
+LOWEST_TEMPERATURE = 1e-30  # a smaller one may be 0 in float32; at this one only ties with the best are left
+
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
@@ -73,3 +77,13 @@ class Batch:
     def changes_scores(self) -> bool:
         """Whether anything beside greedy rows as they come is in the batch."""
         return bool(self.watermarked or self.penalties or self.bias or self.draws)
+
+
+def has_penalty(params: SamplingParams) -> bool:
+    """Whether a sequence has any."""
+    return (
+        params.repetition_penalty != 1
+        or params.frequency_penalty != 0
+        or params.presence_penalty != 0
+        or params.count_penalty != 0
+    )

@@ -14,23 +14,33 @@ NUM_BUFFERS = 3
 ALIGNMENT = 16
 
 
+Shape = tuple[tuple[int, ...], type[np.generic]]
+Layout = list[tuple[int, int, tuple[int, ...], np.dtype[np.generic]]]
+
+
+def lay_out(shapes: Sequence[Shape]) -> tuple[Layout, int]:
+    """Where arrays of these shapes begin and end, one after the other in a buffer, and how many bytes it has."""
+    layout: Layout = []
+    end = 0
+    for shape, kind in shapes:
+        dtype = np.dtype(kind)
+        num_bytes = prod(shape) * dtype.itemsize
+        layout.append((end, end + num_bytes, shape, dtype))
+        end = -(-(end + num_bytes) // ALIGNMENT) * ALIGNMENT
+    return layout, end
+
+
 class StagedInputs:
     """Device tensors of given shapes and what brings numbers into them."""
 
-    def __init__(self, shapes: Sequence[tuple[tuple[int, ...], type[np.generic]]], device: torch.device) -> None:
+    def __init__(self, shapes: Sequence[Shape], device: torch.device) -> None:
         """Lay the tensors out one after the other in one device buffer."""
         self._is_gpu = device.type == "cuda"
-        self._layout: list[tuple[int, int, tuple[int, ...], np.dtype[np.generic]]] = []
-        end = 0
-        for shape, kind in shapes:
-            dtype = np.dtype(kind)
-            num_bytes = prod(shape) * dtype.itemsize
-            self._layout.append((end, end + num_bytes, shape, dtype))
-            end = -(-(end + num_bytes) // ALIGNMENT) * ALIGNMENT
+        self._layout, end = lay_out(shapes)
         self.num_bytes = end
         self._on_device = torch.zeros(end, dtype=torch.uint8, device=device)
         self.tensors: tuple[Tensor, ...] = tuple(
-            self._on_device[start:stop].view(_torch_dtype(dtype)).view(shape)
+            self._on_device[start:stop].view(torch_dtype(dtype)).view(shape)
             for start, stop, shape, dtype in self._layout
         )
         self._buffers: deque[tuple[Tensor, tuple[NDArray[np.generic], ...], torch.cuda.Event | None]] = deque()
@@ -69,10 +79,11 @@ def send_arrays(arrays: Sequence[NDArray[np.generic]], device: torch.device) -> 
     # torch keeps pinned memory until the copies that read it are done.
     there = host.to(device, non_blocking=True)
     return tuple(
-        there[start : start + array.nbytes].view(_torch_dtype(array.dtype)).view(array.shape)
+        there[start : start + array.nbytes].view(torch_dtype(array.dtype)).view(array.shape)
         for start, array in zip(starts.tolist(), staged, strict=False)
     )
 
 
-def _torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:
-    return {"int64": torch.int64, "int32": torch.int32}[dtype.name]
+def torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:
+    """The type of tensors with such numbers."""
+    return {"int64": torch.int64, "int32": torch.int32, "float32": torch.float32}[dtype.name]

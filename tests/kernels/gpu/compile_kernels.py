@@ -11,11 +11,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from loraplex_kernels.gpu import activation, attention, choice, cuts, grouped_linear, kv_cache, lora, moe, norm
+from loraplex_kernels.gpu import (
+    activation,
+    attention,
+    choice,
+    cuts,
+    draw,
+    grouped_linear,
+    kv_cache,
+    lora,
+    moe,
+    norm,
+    top_tokens,
+)
+from loraplex_kernels.gpu import scores as sampler_scores
 from loraplex_kernels.grouped_linear import pack_groups, stack_groups
 from loraplex_kernels.kv_cache import HeadNorms
 from loraplex_kernels.lora_pages import RankPages, RowDelta, make_tiles
 from loraplex_kernels.moe_tiles import ExpertTiles
+from loraplex_kernels.row_state import Chosen, RowState, Tops
+from loraplex_kernels.sampling_inputs import Bans, Biases, Cuts, Draws, Masks, Penalties
 
 MAX_SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 CPU = torch.device("cpu")
@@ -77,9 +92,7 @@ def call_all(dtype: torch.dtype) -> None:
     norm.rms_norm_groups(qkv[:, :4096], x[0], 128, 1e-5)
     norm.add_rms_norm(x, x, x[0], 1e-5, RowDelta(x, pages, tiles), x[0])
     choice.most_likely(numbers(8, 128256))
-    scores = torch.empty(8, 128256)
-    cuts.keep_top(scores, torch.ones(8, dtype=torch.int64), scores[:, 0].contiguous())
-    cuts.keep_typical(scores, scores[:, 0].contiguous())
+    sample(numbers(8, 128256))
     for bits, rows in ((2, (1,)), (4, (1, 32, 128))):
         weight = torch.zeros(256, 4096, dtype=torch.uint8)
         packed = pack_groups(weight, torch.full((1, 1), 2), torch.ones(256, 32), None, bits, dtype, CPU)
@@ -95,6 +108,31 @@ def call_all(dtype: torch.dtype) -> None:
         moe.expert_linear(numbers(num_tokens, 2048), weight, routed, True)
         grouped_linear.grouped_expert_linear(numbers(num_tokens, 4096), experts, routed, True)
     moe.sum_rows(numbers(512, 4096), routed, delta)
+
+
+def sample(logits: torch.Tensor) -> None:
+    """What the sampler calls for rows that ask for everything."""
+    num_rows, vocab_size = logits.shape
+    column = torch.ones(num_rows, dtype=torch.int32)
+    floats, longs, wide = column.float(), column.long(), torch.ones(num_rows, 8, dtype=torch.int32)
+    counts = torch.empty(num_rows, 2, vocab_size, dtype=torch.int32)
+    state = RowState(longs, column, column, counts, wide)
+    chosen, scores = Chosen(longs, floats), torch.empty(num_rows, vocab_size)
+    masks = Masks(torch.empty(num_rows, vocab_size // 32, dtype=torch.int32), column)
+    draws = Draws(column, column, floats, longs)
+    choice.choose_rows(logits, column, column, state, chosen)
+    sampler_scores.copy_scores(logits, column, None, scores)
+    sampler_scores.copy_scores(logits, column, masks, scores)
+    sampler_scores.add_biases(scores, Biases(column, column, floats))
+    sampler_scores.ban_tokens(scores, Bans(*[column] * 7, longest=3), state)
+    sampler_scores.add_to_lists(scores, masks, 2.0)
+    sampler_scores.penalise(scores, Penalties(column, column, *[floats] * 4), state)
+    draw.temper(scores, draws, chosen, floats)
+    cuts.cut_scores(scores, Cuts(column, column, floats, floats, floats), longs)
+    draw.draw(scores, draws, state, chosen, floats)
+    for some in (scores, logits):
+        top_tokens.top_tokens(some, column, column, floats, Tops(column, wide, wide.float()))
+    top_tokens.given_tokens(logits, longs, floats, floats)
 
 
 if __name__ == "__main__":
