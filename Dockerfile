@@ -41,6 +41,10 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=3 \
 ENTRYPOINT ["loraplex"]
 
 FROM runtime AS cuda
+# Triton loads each kernel through a small library that it compiles on the kernel's first use.
+USER root
+RUN apt-get update && apt-get install --no-install-recommends --yes gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+USER 1000
 # For the NVIDIA container runtime: which of the driver's parts to bring in.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=set-up-cuda /opt/loraplex /opt/loraplex

@@ -63,6 +63,7 @@ class OfflineEngine:
 
         from loraplex_models.checkpoint import CheckpointError
         from loraplex_models.parallel import RanksLost
+        from loraplex_server.engine.device import DeviceError
         from loraplex_server.engine.memory import NotEnoughMemory, settle_group_limits
         from loraplex_server.engine.process import build_engine, load_base_model
         from loraplex_server.engine.profile import free_kv_bytes
@@ -79,7 +80,7 @@ class OfflineEngine:
             why = self._ranks.loss(LOSS_TIMEOUT_S)
             self._ranks.close()
             raise LaunchError(why or str(error)) from None
-        except (CheckpointError, NotEnoughMemory) as error:
+        except (CheckpointError, NotEnoughMemory, DeviceError) as error:
             self._ranks.close()
             raise LaunchError(str(error)) from None
         except BaseException:
@@ -165,7 +166,7 @@ class OfflineEngine:
     def _meet(self) -> "ParallelGroup":
         """Meet the other ranks, which may fail before they come to it: then their loss ends the waiting."""
         from loraplex_models.parallel import ParallelGroup, RanksLost  # as above
-        from loraplex_server.engine.process import rank_device
+        from loraplex_server.engine.device import rank_device
 
         if self.config.num_ranks == 1:
             return ParallelGroup.single()

@@ -24,6 +24,7 @@ from loraplex_models.parallel import ParallelGroup, RanksLost
 from loraplex_server.config import EngineConfig, ServeConfig
 from loraplex_server.control import ControlLine
 from loraplex_server.engine.adapters.manager import AdapterManager
+from loraplex_server.engine.device import DeviceError, rank_device, resolve_device
 from loraplex_server.engine.device_sampler import make_sampler
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.executor import LocalExecutor
@@ -132,22 +133,9 @@ def _device_bytes_of(config: ModelConfig, itemsize: int) -> Callable[[AdapterSpe
     return lambda spec: num_device_bytes(spec.rank_rows, spec.dense_elements, shapes, itemsize)
 
 
-def resolve_device(name: str) -> str:
-    """«auto» is the GPU where there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def resolve_dtype(name: str, checkpoint_dtype: str) -> torch.dtype:
     """«auto» is what the checkpoint holds."""
     return DTYPES[checkpoint_dtype if name == "auto" else name]
-
-
-def rank_device(config: EngineConfig, rank: int) -> torch.device:
-    """The device of one rank: on GPUs, those of a machine in order."""
-    name = resolve_device(config.device)
-    return torch.device(name, rank % config.num_local_ranks) if name == "cuda" else torch.device(name)
 
 
 def load_base_model(
@@ -179,7 +167,7 @@ def run(config: ServeConfig, control: ControlLine, rank: int = 0) -> int:
             _lead(config, heartbeat)
         else:
             _follow(config, heartbeat, rank)
-    except (CheckpointError, ModelConfigError, ManifestError, NotEnoughMemory, CutError) as error:
+    except (CheckpointError, ModelConfigError, ManifestError, NotEnoughMemory, CutError, DeviceError) as error:
         heartbeat.send("failed", error=str(error))
         return 1
     except (MemoryError, torch.OutOfMemoryError) as error:
