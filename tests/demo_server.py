@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -57,6 +59,11 @@ def wait_until(is_true: Callable[[], bool], what: str, timeout_s: float = START_
     while not is_true():
         assert time.monotonic() < deadline, f"never came: {what}"
         time.sleep(0.02)
+
+
+def events_of(stream: str) -> list[dict[str, Any]]:
+    """The events of a stream that was read to its end; comments keep one alive that has to wait."""
+    return [json.loads(line.removeprefix("data:")) for line in stream.split("\n") if line.startswith("data:")]
 
 
 class LaunchedServer:

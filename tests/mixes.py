@@ -41,7 +41,7 @@ def play(
             bench.engine.abort(victim)
     bench.run()
     objections = []
-    for name, request in arrived.items():
+    for name, request in sorted(arrived.items(), key=lambda item: item[1].adapter or ""):
         if name in cancelled and not (bench.outputs[name] and bench.outputs[name][-1].finish_reason):
             continue
         answer = bench.answer(name)

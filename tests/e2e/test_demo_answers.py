@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from demo_server import CHAT, LaunchedServer
+from demo_server import CHAT, LaunchedServer, events_of
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -21,10 +21,6 @@ VOICES = (None, "pirate", "json", "shout")
 NUM_TOKENS = 40
 
 pytestmark = pytest.mark.slow
-
-
-def events_of(response: httpx.Response) -> list[dict[str, Any]]:
-    return [json.loads(event.removeprefix("data:")) for event in response.text.split("\n\n") if event]
 
 
 def post(server: LaunchedServer, path: str, adapter_id: str | None, **fields: Any) -> httpx.Response:
@@ -43,7 +39,7 @@ def by_root(server: LaunchedServer, adapter_id: str | None) -> str:
 
 
 def by_events(response: httpx.Response) -> str:
-    events = events_of(response)
+    events = events_of(response.text)
     assert [event["index"] for event in events] == list(range(1, len(events) + 1))
     text = "".join(event["token"]["text"] for event in events if not event["token"]["special"])
     assert events[-1]["generated_text"] == text
@@ -133,7 +129,7 @@ def test_an_unknown_adapter_is_refused_on_every_route_and_nothing_is_generated(d
         assert (response.status_code, response.json()["error_type"]) == (404, "adapter_not_found")
         assert "parrot" in response.json()["error"]
     for path, fields in (("/generate_stream", {}), ("/", {"stream": True})):
-        (event,) = events_of(post(demo_server, path, "parrot", **fields))
+        (event,) = events_of(post(demo_server, path, "parrot", **fields).text)
         assert event["error_type"] == "adapter_not_found"
     with pytest.raises((TextGenerationError, HfHubHTTPError), match="'parrot' is not known to this server"):
         ask(demo_server, "parrot")

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from demo_server import CHAT, GAUGES, LaunchedServer, wait_until
+from demo_server import CHAT, GAUGES, LaunchedServer, events_of, wait_until
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import OverloadedError
 
@@ -24,7 +24,7 @@ QUESTIONS = (
     "Write one line about the sea.",
 )
 NUM_STREAMS = 64
-NUM_TOKENS = 16
+NUM_TOKENS = 10
 NUM_DISCONNECTS = 200
 # The contract allows 5 s for what clients that left held; a shared machine may take many times that.
 BASELINE_S = 60.0
@@ -39,7 +39,7 @@ def body(question: str, adapter_id: str | None, **parameters: Any) -> dict[str, 
 async def streamed(client: httpx.AsyncClient, request: dict[str, Any]) -> tuple[list[int], str]:
     """The token ids of a stream and its text; the stream must be complete."""
     response = await client.post("/generate_stream", json=request)
-    events = [json.loads(event.removeprefix("data:")) for event in response.text.split("\n\n") if event]
+    events = events_of(response.text)
     assert [event["index"] for event in events] == list(range(1, len(events) + 1))
     assert events[-1]["details"]["generated_tokens"] == len(events)
     return [event["token"]["id"] for event in events], events[-1]["generated_text"]

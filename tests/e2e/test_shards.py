@@ -26,10 +26,10 @@ def body(adapter_id: str | None, max_new_tokens: int, *, ignore_eos: bool = Fals
     return {"inputs": CHAT.format("What is the capital of France?"), "parameters": parameters}
 
 
-def answers(server: LaunchedServer) -> dict[str | None, str]:
+def answers(server: LaunchedServer, num_tokens: int) -> dict[str | None, str]:
     """What the base and each adapter say."""
     with httpx.Client(base_url=server.url, timeout=SERVING_S) as client:
-        found = {one: client.post("/generate", json=body(one, 24)) for one in ADAPTERS}
+        found = {one: client.post("/generate", json=body(one, num_tokens)) for one in ADAPTERS}
     return {one: str(answer.json()["generated_text"]) for one, answer in found.items()}
 
 
@@ -48,8 +48,8 @@ def two_ranks(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def test_two_ranks_say_what_one_says(two_ranks: LaunchedServer, exact_server: LaunchedServer) -> None:
     assert set(two_ranks.pids) == {"api", "engine", "engine-1"}
-    said = answers(two_ranks)
-    assert said == answers(exact_server)
+    said = answers(two_ranks, 24)
+    assert said == answers(exact_server, 24)
     assert len(set(said.values())) == len(ADAPTERS)
 
 
@@ -96,7 +96,7 @@ def test_a_lost_rank_ends_its_streams_and_the_group_comes_back_by_itself(
     two_ranks: LaunchedServer, name: str, number: signal.Signals, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = two_ranks
-    before = answers(server)
+    before = answers(server, 8)
     server.note_pids()
     old = dict(server.pids)
     num_restarts = server.said.count("ready again")
@@ -108,7 +108,7 @@ def test_a_lost_rank_ends_its_streams_and_the_group_comes_back_by_itself(
     assert server.pids["api"] == old["api"]
     assert not any(is_alive(pid) for one, pid in old.items() if one != "api")
     assert named in server.said
-    assert answers(server) == before
+    assert answers(server, 8) == before
     with capsys.disabled():
         line = next(line for line in reversed(server.said.splitlines()) if "ready again" in line)
         print(f"\n{name} {number.name}: last client's error after {error_s:.1f} s; {line.partition('launcher: ')[2]}")

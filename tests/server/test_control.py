@@ -1,3 +1,4 @@
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ def test_a_message_larger_than_the_sockets_buffer_arrives_whole() -> None:
     sender.start()
     events: list[dict[str, str]] = []
     while not events:
+        select.select((second,), (), ())
         events = second.receive()
     sender.join()
     assert len(events[0]["error"]) == 3_000_000

@@ -13,6 +13,7 @@ import pickle
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,27 @@ from scripted_engine import TestServer
 from loraplex_server import adapter_fetcher
 
 __all__ = ["world"]
+
+
+# Where paths are noted while a test looks at them: a hook stays for as long as its process.
+_watchers: list[list[str]] = []
+
+
+@pytest.fixture(scope="module")
+def audit_hook() -> None:
+    def note(event: str, details: tuple[Any, ...]) -> None:
+        if _watchers and event == "open":
+            _watchers[-1].append(str(details[0]))
+
+    sys.addaudithook(note)
+
+
+@pytest.fixture
+def opened(audit_hook: None) -> Iterator[list[str]]:
+    """The paths of all files that are opened during a test."""
+    _watchers.append([])
+    yield _watchers[-1]
+    _watchers.clear()
 
 
 async def base_answers(server: TestServer) -> None:
@@ -65,9 +87,7 @@ def test_16_what_could_lead_out_of_a_folder_is_no_name(
 
 
 @pytest.mark.parametrize("place", ["/etc", "/", "link", "team/link", "file-link"])
-def test_16_nothing_outside_the_roots_is_opened(
-    world: AdapterWorld, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_16_nothing_outside_the_roots_is_opened(world: AdapterWorld, place: str, opened: list[str]) -> None:
     outside = write_adapter(world.folder / "outside")
     (world.root / "link").symlink_to(outside)
     (world.root / "team").mkdir()
@@ -75,8 +95,7 @@ def test_16_nothing_outside_the_roots_is_opened(
     shutil.copytree(outside, world.root / "file-link")
     (world.root / "file-link" / WEIGHTS_FILE).unlink()
     (world.root / "file-link" / WEIGHTS_FILE).symlink_to(outside / WEIGHTS_FILE)
-    opened: list[str] = []
-    sys.addaudithook(lambda event, details: opened.append(str(details[0])) if event == "open" else None)
+    opened.clear()
 
     async def test(server: TestServer) -> None:
         answers = []

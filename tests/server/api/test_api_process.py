@@ -136,7 +136,7 @@ class OpenStream:
 
     def _read(self, base_url: str) -> None:
         with httpx.stream("POST", f"{base_url}/generate_stream", json={"inputs": "hi"}, timeout=DEADLINE_S) as response:
-            self.lines = [line for line in response.iter_lines() if line]
+            self.lines = [line for line in response.iter_lines() if line.startswith("data:")]
 
     def events(self) -> list[dict[str, object]]:
         self._thread.join(DEADLINE_S)
