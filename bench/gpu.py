@@ -51,6 +51,7 @@ class Bench:
         self.num_new = 4 if options.interpret else 24
         self.prompt = 6 if options.interpret else PROMPT_TOKENS
         self.long_prompt = 8 if options.interpret else 2048
+        self.pinned_bytes = 2**22 if options.interpret else 6 * 2**30  # for 64 adapters of rank 16
         self.began = time.monotonic()
         self.tables: dict[str, list[Row]] = {}
         self.left_out: list[str] = []
@@ -161,7 +162,7 @@ def beyond_the_pool(bench: Bench) -> list[Row]:
     rows: list[Row] = []
     for count in counts:
         adapters = bench.adapters([rank] * count)
-        world = bench.world(adapters, requests, num_slots=slots)
+        world = bench.world(adapters, requests, num_slots=slots, pinned_bytes=bench.pinned_bytes)
         try:
             digests: list[str | None] = [*adapters] or [None]
             for index in range(requests):
@@ -204,7 +205,7 @@ def activation(bench: Bench) -> list[Row]:
     assert bench.model is not None
     count = 2 if bench.options.interpret else 16
     adapters = bench.adapters([16] * (count + 1))
-    world = bench.world(adapters, 12, max_total_tokens=bench.prompt + 40 * count)
+    world = bench.world(adapters, 12, max_total_tokens=bench.prompt + 40 * count, pinned_bytes=bench.pinned_bytes)
     slots = world.worker._slots
     try:
         times = []

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from loraplex_kernels.dispatch import has_gpu_forms
+from loraplex_models.adapters.paged_slots import AdapterRoom
 from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.config import ModelConfig, read_config
 from loraplex_models.decoder import CausalLM
@@ -187,10 +188,13 @@ class World:
 def make_world(
     model: CausalLM, adapters: dict[str, AdapterWeights], *, max_batch_size: int, max_total_tokens: int,
     num_slots: int, max_rank: int, max_prefill: int = 8192, adapter_memory: str = "24GiB",
+    pinned_bytes: int = 0,
 ) -> World:  # fmt: skip
     """An engine over a model that is loaded already; `adapters`: what their digests stand for.
 
     Where kernels are those of a GPU, a step is launched before the one before is read, as the server does there.
+    `pinned_bytes` of the host's memory are for adapters; the others lie in ordinary memory, which copies are slower
+    from: pinning takes seconds, and only activation is measured by it.
     """
     config = EngineConfig(
         device=model.device.type, max_batch_size=max_batch_size, max_total_tokens=max_total_tokens,
@@ -207,7 +211,7 @@ def make_world(
     worker = Worker(
         model, num_kv_blocks=num_kv_blocks, block_size=config.block_size, max_batch_size=max_batch_size,
         max_total_tokens=max_total_tokens, num_slots=num_slots, max_lora_rank=max_rank, sampler=sampler,
-        read_adapter=lambda path: adapters[path],
+        read_adapter=lambda path: adapters[path], adapter_room=AdapterRoom(pinned_bytes),
     )  # fmt: skip
     engine = Engine(
         config, LocalExecutor(worker), num_kv_blocks=num_kv_blocks, end_token_ids=frozenset(),

@@ -48,6 +48,14 @@ class LinearPages:
         return self.page_table.shape[2] * PAGE_RANKS
 
 
+@dataclass(frozen=True, slots=True)
+class TableRows:
+    """One adapter's rows of the tables, in host memory that a GPU reads without the host."""
+
+    starts: Tensor  # [all parts, most pages] int64
+    ranks: Tensor  # [all parts] int32
+
+
 class RankPages:
     """The page tables of all linears and slots. Who has which page is decided elsewhere."""
 
@@ -79,17 +87,28 @@ class RankPages:
             self._blocks[part_sizes], self._borders[part_sizes], in_size, part_sizes,
         )  # fmt: skip
 
-    def put(self, slot: int, modules: Mapping[tuple[int, int], tuple[int, Sequence[int]]]) -> None:
-        """Let a slot have an adapter: by linear and part its rank there and where its pages start."""
-        table = torch.zeros(self._page_table.shape[1:], dtype=torch.int64)
-        ranks = torch.zeros(self._ranks.shape[1], dtype=torch.int32)
-        for (linear, part), (rank, starts) in modules.items():
+    def rows(self, modules: Mapping[tuple[int, int], tuple[int, Sequence[int]]]) -> TableRows:
+        """An adapter's rows of the tables: by linear and part its rank there and where its pages start. Any thread."""
+        is_gpu = self._cells.is_cuda
+        starts = torch.zeros(self._page_table.shape[1:], dtype=torch.int64, pin_memory=is_gpu)
+        ranks = torch.zeros(self._ranks.shape[1], dtype=torch.int32, pin_memory=is_gpu)
+        starts_there, ranks_there = starts.numpy(), ranks.numpy()
+        for (linear, part), (rank, pages) in modules.items():
             place = self._first[linear] + part
-            assert len(starts) == -(-rank // PAGE_RANKS), f"{len(starts)} pages for rank {rank}"
-            table[place, : len(starts)] = torch.tensor(starts)
-            ranks[place] = rank
-        self._page_table[slot].copy_(table)
-        self._ranks[slot].copy_(ranks)
+            assert len(pages) == -(-rank // PAGE_RANKS), f"{len(pages)} pages for rank {rank}"
+            starts_there[place, : len(pages)] = pages
+            ranks_there[place] = rank
+        return TableRows(starts, ranks)
+
+    def put(self, slot: int, modules: Mapping[tuple[int, int], tuple[int, Sequence[int]]]) -> None:
+        """Let a slot have an adapter, whose modules are as `rows` wants them."""
+        self.put_rows(slot, self.rows(modules))
+
+    def put_rows(self, slot: int, rows: TableRows) -> None:
+        """Let a slot have an adapter; the host does not wait."""
+        # torch keeps pinned memory until the copies that read it are done.
+        self._page_table[slot].copy_(rows.starts, non_blocking=True)
+        self._ranks[slot].copy_(rows.ranks, non_blocking=True)
 
     def clear(self, slot: int) -> None:
         """Let a slot have no adapter."""

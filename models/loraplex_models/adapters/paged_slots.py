@@ -1,8 +1,9 @@
-"""Adapter slots on a GPU: each adapter is one block of rank pages in device memory, found through page tables.
+"""Adapter slots on a GPU: each adapter lies in frames of one device memory, its rank pages found through page tables.
 
-`prepare` lays an adapter out in host memory and sends it over in one copy beside the running steps; `install` changes
-two rows of tables. Nothing is padded to the largest rank, and the addresses that kernels are given never change, so a
-captured graph serves whatever adapters come later. Page tables count from a base tensor to wherever a block lies.
+`arrange` lays an adapter out in frames of the host's arena; `prepare` takes as many of the device's and has the copies
+run beside the steps; `install` changes two rows of tables. Nothing is padded to the largest rank, and the addresses
+that kernels are given never change, so a captured graph serves whatever adapters come later. Frames of either side
+are written again only after the last copy or step that reads them.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from loraplex_kernels.copies import Copies, Fence, make_copies
 from loraplex_kernels.dispatch import has_gpu_forms
 from loraplex_kernels.lora_pages import (
     DECODE_TILE_ROWS,
@@ -21,10 +23,13 @@ from loraplex_kernels.lora_pages import (
     LinearPages,
     RankPages,
     RowTiles,
+    TableRows,
     make_tiles,
     write_pages,
 )
-from loraplex_kernels.streams import new_stream
+from loraplex_models.adapters.arena import Arena, Block, host_memory, own_block, pairs_of, wait_for
+from loraplex_models.adapters.frames import Layout, Place, pack
+from loraplex_models.adapters.packed import dense, map_tensors
 from loraplex_models.adapters.slots import AdapterSlots, PreparedAdapter
 from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.forward import LoraBatch
@@ -32,101 +37,185 @@ from loraplex_models.forward import LoraBatch
 if TYPE_CHECKING:
     from loraplex_models.decoder import CausalLM
 
+# A frame is as long as so many of the model's largest pages: few copies, and little left empty by the smaller pages.
+PAGES_IN_FRAME = 4
+# What frames and pieces in them begin with a multiple of, in bytes: memory is read fastest so.
+ALIGNMENT = 256
 
-# By linear and part the rank there, and where its pages start in the adapter's block.
-Places = dict[tuple[int, int], tuple[int, list[int]]]
+# By linear and part the rank there, and where its pages are.
+Places = dict[tuple[int, int], tuple[int, list[Place]]]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRoom:
+    """What adapters may take, in bytes: of pinned host memory, and of the device's; None: the widest in each slot."""
+
+    host_bytes: int = 0
+    device_bytes: int | None = None
+
+
+DEFAULT_ROOM = AdapterRoom()
 
 
 @dataclass(frozen=True, slots=True)
 class ArrangedWeights(AdapterWeights):
-    """An adapter as its pages will lie on the device, in host memory that a GPU reads at full speed; no modules."""
+    """An adapter in frames of host memory, as it will lie on the device; no modules."""
 
-    block: Tensor = field(kw_only=True)
+    layout: Layout = field(kw_only=True)
+    block: Block = field(kw_only=True)
     places: Places = field(kw_only=True)
-    rest: PreparedAdapter = field(kw_only=True)
+    rest: PreparedAdapter = field(kw_only=True)  # what it has beside pages: shapes without memory
+    rest_places: list[Place] = field(kw_only=True)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the pages and of what stands beside them."""
-        return self.block.nbytes + super(ArrangedWeights, self).num_bytes
+        """Memory of the frames."""
+        return self.block.nbytes
+
+    @property
+    def device_bytes(self) -> int:
+        """What it takes on the device: as many frames."""
+        return self.block.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class PagedAdapter(PreparedAdapter):
-    """An adapter's pages on the device."""
+    """An adapter in frames of the device's memory, or on its way there."""
 
-    block: Tensor = field(kw_only=True)
+    block: Block = field(kw_only=True)
     places: Places = field(kw_only=True)
+    rows: TableRows = field(kw_only=True)
+    arrival: Fence = field(kw_only=True)
+
+    def has_arrived(self) -> bool:
+        """Whether its copies are done; never waits."""
+        return self.arrival.query()
 
 
 class PagedAdapterSlots(AdapterSlots):
     """Slots for adapters of up to `max_rank`, whose weights are read by kernels through page tables."""
 
-    def __init__(self, model: "CausalLM", num_slots: int, max_rank: int) -> None:
+    def __init__(
+        self,
+        model: "CausalLM",
+        num_slots: int,
+        max_rank: int,
+        room: AdapterRoom = DEFAULT_ROOM,
+        copies: Copies | None = None,
+    ) -> None:
         super().__init__(model, num_slots)
         shapes = [(linear.in_size, tuple(linear.parts.values())) for linear in self._linears]
-        self._base = torch.zeros(1, dtype=model.dtype, device=model.device)
-        self._rank_pages = RankPages(self._base, shapes, num_slots=num_slots, max_rank=max_rank)
-        self.pages: tuple[LinearPages, ...] = tuple(map(self._rank_pages.linear, range(len(shapes))))
         self._sizes = shapes
+        page_bytes = [
+            self._page_bytes(index, part) for index, (_, sizes) in enumerate(shapes) for part in range(len(sizes))
+        ]
+        self._frame_bytes = _aligned(PAGES_IN_FRAME * max(page_bytes))
+        widest = pack([size for size in page_bytes for _ in range(-(-max_rank // PAGE_RANKS))], self._frame_bytes)
+        num_frames = num_slots * widest.num_frames
+        if room.device_bytes is not None:
+            num_frames = room.device_bytes // self._frame_bytes
+        memory = torch.empty(max(num_frames, 1) * self._frame_bytes, dtype=torch.uint8, device=model.device)
+        self._device_arena = Arena(memory[: num_frames * self._frame_bytes], self._frame_bytes)
+        self._host_arena = Arena(host_memory(room.host_bytes, model.device), self._frame_bytes)
+        self._copies = make_copies(model.device) if copies is None else copies
+        # What the allocator had the memory for before is done before anything is copied into it.
+        self._ready = self._copies.mark()
+        self._rank_pages = RankPages(memory.view(model.dtype), shapes, num_slots=num_slots, max_rank=max_rank)
+        self.pages: tuple[LinearPages, ...] = tuple(map(self._rank_pages.linear, range(len(shapes))))
         self._blocks: dict[int, PagedAdapter] = {}
-        self._copies = new_stream(model.device) if model.device.type == "cuda" else None
 
     def arrange(self, weights: AdapterWeights) -> ArrangedWeights:
-        """Check an adapter and lay it out as its pages will lie, for the host tier. Raises ValueError as `prepare`."""
+        """Check an adapter and lay it out as it will lie on the device, for the host tier. Raises as `prepare`.
+
+        For threads that no step waits for. Where the arena is full it gets ordinary memory, which copies are slower
+        from.
+        """
         pairs, rest = self._finish(weights)
-        places: Places = {}
-        end = 0
-        for module, (a, _) in pairs.items():
-            index, part = self._places[module]
-            in_size, part_sizes = self._sizes[index]
-            page_size = PAGE_RANKS * (in_size + part_sizes[part])
-            count = -(-len(a) // PAGE_RANKS)
-            places[index, part] = (len(a), [end + page * page_size for page in range(count)])
-            end += count * page_size
-        block = torch.zeros(end, dtype=self._dtype, pin_memory=self._copies is not None)
-        for module, (a, b) in pairs.items():
-            _, starts = places[self._places[module]]
-            size = PAGE_RANKS * (a.shape[1] + len(b))
-            pages = block[starts[0] : starts[0] + len(starts) * size].view(len(starts), size)
-            write_pages(pages, a.to(self._dtype), b.to(self._dtype))
+        tensors: list[Tensor] = []
+
+        def put_aside(tensor: Tensor) -> Tensor:
+            tensors.append(dense(tensor))
+            return tensors[-1].to("meta")
+
+        rest = map_tensors(rest, put_aside)
+        pages = [(module, page) for module, (a, _) in pairs.items() for page in range(-(-len(a) // PAGE_RANKS))]
+        sizes = [self._page_bytes(*self._places[module]) for module, _ in pages]
+        layout = pack([*sizes, *(_aligned(tensor.nbytes) for tensor in tensors)], self._frame_bytes)
+        taken = self._host_arena.take(layout)
+        block, fences = (own_block(layout, self._frame_bytes), []) if taken is None else taken
+        try:
+            wait_for(fences)
+            places: Places = {self._places[module]: (len(a), []) for module, (a, _) in pairs.items()}
+            for (module, page), size, place in zip(pages, sizes, layout.places, strict=False):
+                a, b = pairs[module]
+                ranks = slice(page * PAGE_RANKS, (page + 1) * PAGE_RANKS)
+                cells = block.at(place, size).view(self._dtype).unsqueeze(0)
+                write_pages(cells, a[ranks].to(self._dtype), b[:, ranks].to(self._dtype))
+                places[self._places[module]][1].append(place)
+            rest_places = list(layout.places[len(pages) :])
+            for tensor, place in zip(tensors, rest_places, strict=True):
+                _view(block, place, tensor).copy_(tensor)
+        except BaseException:
+            self._give_host(block)
+            raise
         return ArrangedWeights(
-            weights.digest, weights.rank, {}, weights.parts, weights.ends, block=block, places=places, rest=rest
-        )
+            weights.digest, weights.rank, {}, layout=layout, block=block, places=places, rest=rest,
+            rest_places=rest_places,
+        )  # fmt: skip
 
     def prepare(self, weights: AdapterWeights) -> PagedAdapter:
-        """Bring an adapter to the device beside the steps, in one copy; any thread may call it.
+        """Have an adapter brought to the device beside the steps; any thread may call it, and waits for no copy.
 
-        What `arrange` gave is only copied. Raises ValueError as the CPU's slots do.
+        What `arrange` gave is only copied. Raises ValueError as the CPU's slots do, and when the device has no room.
         """
         arranged = weights if isinstance(weights, ArrangedWeights) else self.arrange(weights)
-        rest = arranged.rest
-        return PagedAdapter(
-            (), rest.changes, rest.embedding, rest.head, block=self._send(arranged.block), places=arranged.places
+        taken = self._device_arena.take(arranged.layout)
+        if taken is None:
+            raise ValueError(
+                f"it needs {arranged.num_bytes / 2**20:.1f} MiB on the device, some of it in one piece, and others lie "
+                "between: unload some, or raise --adapter-device-memory"
+            )
+        block, fences = taken
+        arrival = self._copies.send(pairs_of(block, arranged.block), [*fences, self._ready])
+        arranged.block.last_read = arrival
+        if arranged is not weights:
+            self.drop(arranged)
+        itemsize = self._dtype.itemsize
+        rows = self._rank_pages.rows(
+            {
+                module: (rank, [block.start(place) // itemsize for place in places])
+                for module, (rank, places) in arranged.places.items()
+            }
         )
+        unplaced = iter(arranged.rest_places)
+        rest = map_tensors(arranged.rest, lambda shape: _view(block, next(unplaced), shape))
+        return PagedAdapter(
+            (), rest.changes, rest.embedding, rest.head, rest.experts, block=block, places=arranged.places, rows=rows,
+            arrival=arrival,
+        )  # fmt: skip
 
     def install(self, slot: int, adapter: PreparedAdapter) -> None:
-        """Put an adapter into a slot, in place of what was there; no weight is copied."""
+        """Put an adapter into a slot, in place of what was there; the device waits for its copies, not the host."""
         assert isinstance(adapter, PagedAdapter), "prepared by other slots"
         super().install(slot, adapter)
-        distance = adapter.block.data_ptr() - self._base.data_ptr()
-        assert distance % self._dtype.itemsize == 0, "device memory is not aligned"
-        first = distance // self._dtype.itemsize
-        self._rank_pages.put(
-            slot,
-            {place: (rank, [first + start for start in starts]) for place, (rank, starts) in adapter.places.items()},
-        )
+        self._copies.join(adapter.arrival)
+        self._rank_pages.put_rows(slot, adapter.rows)
         self._blocks[slot] = adapter
 
     def clear(self, slot: int) -> None:
-        """Empty a slot."""
+        """Empty a slot. Steps that are under way may still read the adapter: its frames are written after them."""
         super().clear(slot)
         adapter = self._blocks.pop(slot, None)
         if adapter is not None:
             self._rank_pages.clear(slot)
-            if self._copies is not None:
-                # Steps that are under way may still read it: its memory is free for other copies after them.
-                adapter.block.record_stream(torch.cuda.current_stream())
+            self._device_arena.give(adapter.block, self._copies.mark())
+
+    def drop(self, adapter: AdapterWeights | PreparedAdapter) -> None:
+        """Give back the memory of what `arrange` gave, or of what `prepare` gave and no slot has had."""
+        if isinstance(adapter, ArrangedWeights):
+            self._give_host(adapter.block)
+        elif isinstance(adapter, PagedAdapter):
+            self._device_arena.give(adapter.block, adapter.arrival)
 
     def route(self, segment_start: Sequence[int], segment_slots: Sequence[int]) -> LoraBatch | None:
         """Say how the step's tokens reach their adapters; None when no token has one."""
@@ -147,17 +236,26 @@ class PagedAdapterSlots(AdapterSlots):
         touched = {index for slot in slots if slot in self._blocks for index, _ in self._blocks[slot].places}
         return tuple(pages if index in touched else None for index, pages in enumerate(self.pages))
 
-    def _send(self, host: Tensor) -> Tensor:
-        if self._copies is None:
-            return host.to(self._device)
-        with torch.cuda.stream(self._copies):
-            block = host.to(self._device, non_blocking=True)
-        self._copies.synchronize()
-        return block
+    def _page_bytes(self, index: int, part: int) -> int:
+        in_size, part_sizes = self._sizes[index]
+        return PAGE_RANKS * (in_size + part_sizes[part]) * self._dtype.itemsize
+
+    def _give_host(self, block: Block) -> None:
+        if self._host_arena.owns(block):
+            self._host_arena.give(block, block.last_read)
 
 
-def make_slots(model: "CausalLM", num_slots: int, max_rank: int) -> AdapterSlots:
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _view(block: Block, place: Place, like: Tensor) -> Tensor:
+    """The memory of a piece as a tensor of the same type, shape and strides."""
+    return block.at(place, like.nbytes).view(like.dtype).as_strided(like.shape, like.stride())
+
+
+def make_slots(model: "CausalLM", num_slots: int, max_rank: int, room: AdapterRoom = DEFAULT_ROOM) -> AdapterSlots:
     """The slots of the device that the model is on."""
     if has_gpu_forms(model.device):
-        return PagedAdapterSlots(model, num_slots, max_rank)
+        return PagedAdapterSlots(model, num_slots, max_rank, room)
     return AdapterSlots(model, num_slots)

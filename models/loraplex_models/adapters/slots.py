@@ -34,6 +34,10 @@ class PreparedAdapter:
     head: EndChange | None = None
     experts: ExpertPairs = field(default_factory=dict)
 
+    def has_arrived(self) -> bool:
+        """Whether all of it is on the device; never waits."""
+        return True
+
 
 class AdapterSlots:
     """A fixed number of slots, each empty or with one adapter, at the adapter's own size."""
@@ -108,6 +112,9 @@ class AdapterSlots:
             self._embedding.set(slot, adapter.embedding)
         if adapter.head is not None:
             self._head.set(slot, adapter.head)
+
+    def drop(self, adapter: "AdapterWeights | PreparedAdapter") -> None:
+        """Give back the memory of what `arrange` gave, or of what `prepare` gave and no slot has had."""
 
     def set(self, slot: int, weights: "AdapterWeights") -> None:
         """Prepare and install in one call. Raises ValueError as `prepare` does, and then changes nothing."""

@@ -88,6 +88,11 @@ class AdapterWeights:
         parts = sum(tensor.nbytes for part in self.parts.values() for tensor in part.tensors)
         return pairs + parts + sum(tensor.nbytes for end in self.ends.values() for tensor in end.tensors)
 
+    @property
+    def device_bytes(self) -> int | None:
+        """What it will take on the device, where more than its header is needed to tell."""
+        return None
+
 
 class _WeightsFile:
     """The bytes of a weights file, read once, and the tensors in them."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from loraplex_models.adapters.paged_slots import AdapterRoom
 from loraplex_models.config import ModelConfig
 from loraplex_models.decoder import CausalLM
 from loraplex_server.config import AdapterConfig, EngineConfig
@@ -74,6 +75,12 @@ def settle_adapter_budgets(config: AdapterConfig, device: str = "cpu") -> Adapte
         host_bytes=num_bytes_of(config.adapter_host_memory, host_bytes, "--adapter-host-memory"),
         device_bytes=num_bytes_of(config.adapter_device_memory, device_bytes, "--adapter-device-memory"),
     )
+
+
+def settle_adapter_room(config: EngineConfig) -> AdapterRoom:
+    """What adapters may take of the memory of one rank, and of its share of the host's. Raises NotEnoughMemory."""
+    budgets = settle_adapter_budgets(config.adapters, config.device)
+    return AdapterRoom(budgets.host_bytes // config.num_local_ranks, budgets.device_bytes)
 
 
 def num_bytes_of(text: str, whole_bytes: int, flag: str) -> int:

@@ -30,7 +30,7 @@ from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.executor import LocalExecutor
 from loraplex_server.engine.guided import GrammarLibrary, GuidedRows
 from loraplex_server.engine.heartbeat import Heartbeat
-from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_group_limits
+from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_adapter_room, settle_group_limits
 from loraplex_server.engine.profile import free_kv_bytes
 from loraplex_server.engine.shards import GroupExecutor, follow
 from loraplex_server.engine.worker import Worker
@@ -117,6 +117,7 @@ def build_worker(
         sampler=sampler,
         group=group,
         shares_tokens=_runs_ahead(config, model.device),
+        adapter_room=settle_adapter_room(config),
     )
     worker.warm_up()
     return worker

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loraplex_models.adapters.paged_slots import PagedAdapterSlots
+from loraplex_models.adapters.paged_slots import AdapterRoom, PagedAdapterSlots
 from loraplex_models.decoder import CausalLM
 from loraplex_server.config import EngineConfig
 from loraplex_server.engine.device_batch import DeviceBatchBuilder
@@ -102,7 +102,8 @@ def free_kv_bytes(config: EngineConfig, model: CausalLM) -> int | None:
 
 def measure_steps(config: EngineConfig, model: CausalLM, memory: DeviceMemory) -> WidestSteps:
     """Run the widest chunk, the widest decodes with the memory of all graphs, and the costliest choice of tokens."""
-    slots = PagedAdapterSlots(model, config.adapters.max_resident_adapters, config.adapters.max_lora_rank)
+    room = AdapterRoom(0, 0)  # counted apart
+    slots = PagedAdapterSlots(model, config.adapters.max_resident_adapters, config.adapters.max_lora_rank, room)
     most_tokens = most_total_tokens(config, model.config)
     with torch.inference_mode():
         forward = peak_of(memory, lambda: _compute_chunk(config, model, slots))

@@ -112,20 +112,25 @@ class _GroupLoads:
         answers = [numbers[1:] for numbers in self._group.gather_numbers([self._group.rank, *own])]
         agreed: list[FinishedLoad] = []
         for place, key in enumerate(keys):
-            of_ranks = [(numbers[2 * place], numbers[2 * place + 1]) for numbers in answers]
-            if any(state == UNDER_WAY for state, _ in of_ranks):
+            of_ranks = [numbers[3 * place : 3 * place + 3] for numbers in answers]
+            if any(state == UNDER_WAY for state, *_ in of_ranks):
                 continue
             load = self._ended.pop(key)
-            failed = [rank for rank, (state, _) in enumerate(of_ranks) if state == FAILED]
+            failed = [rank for rank, (state, *_) in enumerate(of_ranks) if state == FAILED]
             if failed and load.error is None:
                 self._cache.forget(*key)
-                load = replace(load, error=f"rank {failed[0]} could not load it")
-            # What all its parts take together.
-            agreed.append(replace(load, num_bytes=0 if failed else sum(num_bytes for _, num_bytes in of_ranks)))
+                load = replace(load, num_bytes=0, error=f"rank {failed[0]} could not load it")
+            if not failed:
+                # In host memory what all its parts take together; on each device as much as the largest.
+                num_bytes = sum(num_bytes for _, num_bytes, _ in of_ranks)
+                device_bytes = max(device_bytes for *_, device_bytes in of_ranks)
+                load = replace(load, num_bytes=num_bytes, device_bytes=device_bytes or None)
+            agreed.append(load)
         return agreed
 
-    def _answer(self, key: LoadKey) -> tuple[int, int]:
+    def _answer(self, key: LoadKey) -> tuple[int, int, int]:
+        """How far a load is, and its bytes on the host and on the device."""
         load = self._ended.get(key)
         if load is None:
-            return UNDER_WAY, 0
-        return (FAILED, 0) if load.error else (LOADED, load.num_bytes)
+            return UNDER_WAY, 0, 0
+        return (FAILED, 0, 0) if load.error else (LOADED, load.num_bytes, load.device_bytes or 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from loraplex_models.adapters.merge_recipe import MergeRecipe
-from loraplex_models.adapters.paged_slots import make_slots
+from loraplex_models.adapters.paged_slots import DEFAULT_ROOM, AdapterRoom, make_slots
 from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.decoder import CausalLM
 from loraplex_models.parallel import ParallelGroup
@@ -65,12 +65,15 @@ class Worker:
         sampler: TokenSampler,
         group: ParallelGroup | None = None,
         shares_tokens: bool = False,
+        adapter_room: AdapterRoom = DEFAULT_ROOM,
     ):
         self._group = group or ParallelGroup.single()
         self._samples = self._group.rank == 0
         self._shares_tokens = shares_tokens
-        self._slots = make_slots(model, num_slots, max_lora_rank)
-        self.host_cache = HostCache(lambda path: self._slots.arrange(read_adapter(path)), self._slots.prepare)
+        self._slots = make_slots(model, num_slots, max_lora_rank, adapter_room)
+        self.host_cache = HostCache(
+            lambda path: self._slots.arrange(read_adapter(path)), self._slots.prepare, self._slots.drop
+        )
         self._sampler = sampler
         self._pass = ForwardPass(
             model,

@@ -12,11 +12,28 @@ from loraplex_server.engine.adapters.host_cache import FinishedLoad, HostCache
 
 
 @pytest.fixture
-def cache_of() -> Iterator[Callable[[Callable[[str], Any]], HostCache]]:
+def dropped() -> list[Any]:
+    """What a cache has given back."""
+    return []
+
+
+class Adapter:
+    """Weights on the device, or on their way there."""
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        self.is_there = digest != "slow"
+
+    def has_arrived(self) -> bool:
+        return self.is_there
+
+
+@pytest.fixture
+def cache_of(dropped: list[Any]) -> Iterator[Callable[[Callable[[str], Any]], HostCache]]:
     caches: list[HostCache] = []
 
     def make(read: Callable[[str], Any]) -> HostCache:
-        caches.append(HostCache(read, prepare))
+        caches.append(HostCache(read, prepare, dropped.append))
         return caches[-1]
 
     yield make
@@ -27,11 +44,11 @@ def cache_of() -> Iterator[Callable[[Callable[[str], Any]], HostCache]]:
 def prepare(weights: Any) -> Any:
     if weights.digest == "misfit":
         raise ValueError("'x' is [1, 2]")
-    return f"prepared {weights.digest}"
+    return Adapter(weights.digest)
 
 
 def weights(digest: str) -> Any:
-    return SimpleNamespace(digest=digest, num_bytes=5)
+    return SimpleNamespace(digest=digest, num_bytes=5, device_bytes=6)
 
 
 def finished(cache: HostCache, count: int = 1) -> list[FinishedLoad]:
@@ -49,13 +66,15 @@ def failing(error: Exception) -> Callable[[str], Any]:
     return read
 
 
-def test_weights_are_there_once_they_were_reported(cache_of: Callable[..., HostCache]) -> None:
+def test_weights_are_there_once_they_were_reported(cache_of: Callable[..., HostCache], dropped: list[Any]) -> None:
     cache = cache_of(lambda path: weights(path.upper()))
     cache.load("A", "a")
-    assert finished(cache) == [FinishedLoad("A", "host", 5, None, ANY)]
+    assert finished(cache) == [FinishedLoad("A", "host", 5, None, ANY, 6)]
     assert cache.get("A").digest == "A"
     assert cache.finished() == []
+    held = cache.get("A")
     cache.evict("A")
+    assert dropped == [held]
     with pytest.raises(KeyError):
         cache.get("A")
 
@@ -86,13 +105,14 @@ def test_asking_never_waits_for_a_slow_reader_and_a_fast_one_passes_it(cache_of:
     ],
 )
 def test_a_failed_read_has_its_reason_and_leaves_nothing(
-    cache_of: Callable[..., HostCache], read: Callable[[str], Any], reason: str
+    cache_of: Callable[..., HostCache], read: Callable[[str], Any], reason: str, dropped: list[Any]
 ) -> None:
     cache = cache_of(read)
     cache.load("d", "p")
     (load,) = finished(cache)
     assert (load.digest, load.num_bytes) == ("d", 0)
     assert load.error is not None and reason in load.error and "somebody" not in load.error
+    assert [made.digest for made in dropped] == (["another"] if "changed" in reason else [])
     with pytest.raises(KeyError):
         cache.get("d")
 
@@ -103,7 +123,7 @@ def test_what_was_prepared_is_handed_over_once_and_the_weights_stay(cache_of: Ca
     finished(cache)
     cache.prepare("A")
     assert finished(cache) == [FinishedLoad("A", "device", 5, None, ANY)]
-    assert cache.take_prepared("A") == "prepared A"
+    assert cache.take_prepared("A").digest == "A"
     assert cache.get("A").digest == "A"
     with pytest.raises(KeyError):
         cache.take_prepared("A")
@@ -116,3 +136,21 @@ def test_weights_that_do_not_fit_the_model_fail_with_the_reason(cache_of: Callab
     cache.prepare("misfit")
     (load,) = finished(cache)
     assert load.tier == "device" and "'x' is [1, 2]" in (load.error or "")
+
+
+def test_an_adapter_is_on_the_device_when_its_copies_are_done_and_is_given_back_where_it_is_not_wanted(
+    cache_of: Callable[..., HostCache], dropped: list[Any]
+) -> None:
+    cache = cache_of(weights)
+    for digest in ("slow", "A"):
+        cache.load(digest, digest)
+    finished(cache, 2)
+    for digest in ("slow", "A"):
+        cache.prepare(digest)
+    # One thread prepares in order: "slow" has been prepared too, and is still on its way.
+    assert [load.digest for load in finished(cache)] == ["A"]
+    assert cache.finished() == []
+    cache._arriving["slow"].made.is_there = True
+    assert [load.digest for load in finished(cache)] == ["slow"]
+    cache.forget("slow", "device")
+    assert [adapter.digest for adapter in dropped] == ["slow"]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from loraplex_models.adapters.manifest import ManifestError
 from loraplex_models.adapters.merge_recipe import MergeRecipe
@@ -27,24 +27,39 @@ class FinishedLoad:
     num_bytes: int
     error: str | None
     seconds: float = 0.0  # from when a thread took it up
+    device_bytes: int | None = None  # what weights in host memory will take on the device, where only they tell
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed(Generic[_Loaded]):
+    """What a thread has made, and when it began and ended."""
+
+    made: _Loaded
+    began: float
+    ended: float
 
 
 class HostCache:
     """Weights in host memory by digest, and those that threads have brought to the device but no slot has yet.
 
-    `read` turns a folder, or a recipe, into weights and must give the digest asked for; `prepare` brings weights to the
-    device.
+    `read` turns a folder, or a recipe, into weights and must give the digest asked for; `prepare` has them brought to
+    the device; `drop` gives back the memory of either, if nobody has taken it.
     """
 
     def __init__(
-        self, read: Callable[[str | MergeRecipe], AdapterWeights], prepare: Callable[[AdapterWeights], PreparedAdapter]
+        self,
+        read: Callable[[str | MergeRecipe], AdapterWeights],
+        prepare: Callable[[AdapterWeights], PreparedAdapter],
+        drop: Callable[[AdapterWeights | PreparedAdapter], None],
     ):
         self._read = read
         self._prepare = prepare
+        self._drop = drop
         self._weights: dict[str, AdapterWeights] = {}
         self._prepared: dict[str, PreparedAdapter] = {}
-        self._reading: dict[str, Future[tuple[AdapterWeights, float]]] = {}
-        self._preparing: dict[str, Future[tuple[PreparedAdapter, float]]] = {}
+        self._reading: dict[str, Future[_Timed[AdapterWeights]]] = {}
+        self._preparing: dict[str, Future[_Timed[PreparedAdapter]]] = {}
+        self._arriving: dict[str, _Timed[PreparedAdapter]] = {}
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader")
         # A thread of its own: a short copy to the device never waits behind slow files.
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="adapter-preparer")
@@ -63,11 +78,13 @@ class HostCache:
 
     def forget(self, digest: str, tier: Literal["host", "device"]) -> None:
         """Undo a load into that tier, which another rank could not do."""
-        (self._weights if tier == "host" else self._prepared).pop(digest, None)
+        found = (self._weights if tier == "host" else self._prepared).pop(digest, None)
+        if found is not None:
+            self._drop(found)
 
     def evict(self, digest: str) -> None:
         """Give the memory back."""
-        self._weights.pop(digest, None)
+        self.forget(digest, "host")
 
     def get(self, digest: str) -> AdapterWeights:
         """Weights that were reported as loaded."""
@@ -81,7 +98,11 @@ class HostCache:
             finished += [self._finish_read(digest, self._reading.pop(digest)) for digest in read]
         if self._preparing:
             prepared = [digest for digest, future in self._preparing.items() if future.done()]
-            finished += [self._finish_prepare(digest, self._preparing.pop(digest)) for digest in prepared]
+            failed = [self._note_prepared(digest, self._preparing.pop(digest)) for digest in prepared]
+            finished += [load for load in failed if load is not None]
+        if self._arriving:
+            arrived = [digest for digest, one in self._arriving.items() if one.made.has_arrived()]
+            finished += [self._finish_arrival(digest) for digest in arrived]
         return finished
 
     def close(self) -> None:
@@ -89,30 +110,39 @@ class HostCache:
         self._readers.shutdown(cancel_futures=True)
         self._preparer.shutdown(cancel_futures=True)
 
-    def _finish_read(self, digest: str, future: Future[tuple[AdapterWeights, float]]) -> FinishedLoad:
+    def _finish_read(self, digest: str, future: Future[_Timed[AdapterWeights]]) -> FinishedLoad:
         try:
-            weights, seconds = future.result()
+            timed = future.result()
         except (ManifestError, ValueError) as error:
             return FinishedLoad(digest, "host", 0, str(error))
         except RuntimeError as error:  # torch, when no more memory can be pinned for a GPU
             return FinishedLoad(digest, "host", 0, f"it cannot be laid out in host memory: {error}")
         except (OSError, MemoryError) as error:
             return FinishedLoad(digest, "host", 0, f"its files cannot be read: {error.__class__.__name__}")
+        weights = timed.made
         if weights.digest != digest:
+            self._drop(weights)
             reason = "its files have changed since they were checked; load it again under its name"
             return FinishedLoad(digest, "host", 0, reason)
         self._weights[digest] = weights
-        return FinishedLoad(digest, "host", weights.num_bytes, None, seconds)
+        seconds = timed.ended - timed.began
+        return FinishedLoad(digest, "host", weights.num_bytes, None, seconds, weights.device_bytes)
 
-    def _finish_prepare(self, digest: str, future: Future[tuple[PreparedAdapter, float]]) -> FinishedLoad:
+    def _note_prepared(self, digest: str, future: Future[_Timed[PreparedAdapter]]) -> FinishedLoad | None:
+        """Wait for an adapter whose copies were launched, or say why they were not."""
         try:
-            prepared, seconds = future.result()
+            self._arriving[digest] = future.result()
         except (ValueError, MemoryError, RuntimeError) as error:  # RuntimeError: torch, when the device's memory is out
             return FinishedLoad(digest, "device", 0, f"it cannot be brought to the device: {error}")
-        self._prepared[digest] = prepared
+        return None
+
+    def _finish_arrival(self, digest: str) -> FinishedLoad:
+        timed = self._arriving.pop(digest)
+        self._prepared[digest] = timed.made
+        seconds = time.perf_counter() - timed.began
         return FinishedLoad(digest, "device", self._weights[digest].num_bytes, None, seconds)
 
 
-def _timed(work: Callable[[], _Loaded]) -> tuple[_Loaded, float]:
+def _timed(work: Callable[[], _Loaded]) -> _Timed[_Loaded]:
     began = time.perf_counter()
-    return work(), time.perf_counter() - began
+    return _Timed(work(), began, time.perf_counter())

@@ -302,7 +302,9 @@ class AdapterManager:
 
     def _finish_host_load(self, record: AdapterRecord, load: FinishedLoad) -> None:
         self._num_loading -= 1
-        # What the header has promised may be more in the type of the computation.
+        # What the header has promised may be more in the type of the computation, and in whole frames.
+        if load.error is None and load.device_bytes is not None:
+            record.device_bytes = load.device_bytes
         reason = load.error or self._too_large(load.num_bytes, record.device_bytes)
         if reason is not None:
             if load.error is None:
