@@ -21,6 +21,7 @@ from loraplex.console import Console
 from loraplex.flags import Settings
 from loraplex.foreign_flags import spread_lora_modules
 from loraplex.launch_error import LaunchError
+from loraplex.open_files import raise_open_files
 from loraplex.plan import check_served, make_plan
 from loraplex.resolve import check_address, check_state, hub_access, resolve
 from loraplex.supervisor import Supervisor
@@ -103,6 +104,8 @@ def _run_server(settings: Settings, demo_cache: Path | None = None) -> int:
     with Console(bars=sys.stderr.isatty() and not api.json_output) as console:
         for warning in settings.warnings:
             console.warning(warning)
+        if (few_files := raise_open_files()) is not None:
+            console.warning(few_files)
         try:
             with _stopping_early():
                 check_address(api)

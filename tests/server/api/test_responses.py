@@ -85,6 +85,36 @@ def test_a_stream_is_the_named_events_that_the_sdks_know() -> None:
     with_server(test)
 
 
+@pytest.mark.parametrize("asked", [{"include": ["message.output_text.logprobs"]}, {"top_logprobs": 2}])
+def test_the_tokens_come_with_their_log_probabilities_where_they_are_asked_for(asked: dict[str, Any]) -> None:
+    async def test(server: TestServer) -> None:
+        body = {"model": "pirate", "input": "hi", "temperature": 0, **asked}
+        found = Response.model_validate((await server.http.post("/v1/responses", json=body)).json(), strict=False)
+        [text] = found.output[0].content  # type: ignore[union-attr]  # a message
+        assert [one.token for one in text.logprobs or []] == ["a", "r", "r", "</s>"]
+        assert all(one.logprob == -0.25 for one in text.logprobs or [])
+        assert {len(one.top_logprobs) for one in text.logprobs or []} == {asked.get("top_logprobs", 0)}
+        events = events_of(await server.http.post("/v1/responses", json=body | {"stream": True}))
+        for event in events:
+            stream_event.validate_python(event)
+        deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+        streamed = [one for event in deltas for one in event["logprobs"]]
+        assert streamed == events[-1]["response"]["output"][0]["content"][0]["logprobs"]
+        assert streamed == [one.to_dict() for one in text.logprobs or []]
+
+    with_server(test)
+
+
+def test_what_is_never_in_an_answer_may_be_asked_for() -> None:
+    async def test(server: TestServer) -> None:
+        answer = await server.http.post(
+            "/v1/responses", json={"input": "hi", "include": ["reasoning.encrypted_content"]}
+        )
+        assert answer.json()["output"][0]["content"][0]["logprobs"] == []
+
+    with_server(test)
+
+
 def test_a_stream_that_fails_ends_with_an_error_the_sdks_raise() -> None:
     async def test(server: TestServer) -> None:
         answer = await server.http.post("/v1/responses", json={"input": "hi", "stream": True})
@@ -111,7 +141,8 @@ def test_an_answer_of_nothing_is_an_empty_text() -> None:
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"include": ["message.output_text.moods"]}, "message.output_text.moods"),
         ({"input": []}, "input"),
         ({"input": ""}, "input"),
         ({"input": 5}, "input"),
@@ -146,7 +177,8 @@ def test_null_is_the_same_as_absent() -> None:
     async def test(server: TestServer) -> None:
         nulls = dict.fromkeys(
             ("model", "instructions", "max_output_tokens", "temperature", "top_p", "stream", "text", "tools",
-             "tool_choice", "parallel_tool_calls", "metadata", "store", "user", "previous_response_id")
+             "tool_choice", "parallel_tool_calls", "metadata", "store", "user", "previous_response_id", "include",
+             "top_logprobs")
         )  # fmt: skip
         answer = await server.http.post("/v1/responses", json={"input": "hi", **nulls})
         assert answer.json()["output"][0]["content"][0]["text"] == "hello world"

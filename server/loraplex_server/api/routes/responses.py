@@ -1,6 +1,7 @@
 """POST /v1/responses, text alone: a chat in another shape, whole or as its named events."""
 
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,11 +12,13 @@ from loraplex_server.api.adapter_access import with_headers
 from loraplex_server.api.body import read_body
 from loraplex_server.api.choices import ChoiceReason, ChoiceText, complete_all
 from loraplex_server.api.disconnect import while_connected
+from loraplex_server.api.generation import Generator
 from loraplex_server.api.http_errors import ErrorBody, openai_error_body
-from loraplex_server.api.job import Completion, TextDelta
+from loraplex_server.api.job import Completion, TextDelta, Token
 from loraplex_server.api.model_names import adapter_of
 from loraplex_server.api.openai_stream import answer_headers, note_for_log, stream_response
 from loraplex_server.api.routes.openai_chat import chat_prompt, chat_text
+from loraplex_server.api.schemas.openai_answers import ChatLogprob, Spelling, chat_logprobs
 from loraplex_server.api.schemas.responses import (
     IncompleteDetails,
     OutputMessage,
@@ -43,13 +46,14 @@ async def responses(request: Request) -> Response:
     begun = begun_answer(body, f"resp_{secrets.token_hex(16)}", adapter_id or state.config.api.model_id)
     generator = serving.generator
     if body.stream:
-        return await stream_response(request, generator, [job], _Events(begun))
+        return await stream_response(request, generator, [job], _Events(begun, _spelling(body, generator)))
     (finished,) = await while_connected(request, complete_all(generator, [job], request.state.request_id))
     text, reason = chat_text(chat, finished)
     end = finished.best.completion
     note_for_log(request, adapter_id, end.num_generated_tokens)
+    logprobs = _logprobs(finished.best.tokens, finished.best.top_tokens, _spelling(body, generator))
     return Response(
-        msgspec.json.encode(_ended(begun, _message(_message_id(begun), text, reason), reason, end)),
+        msgspec.json.encode(_ended(begun, _message(_message_id(begun), text, reason, logprobs), reason, end)),
         headers=answer_headers(state, adapter_id),
         media_type="application/json",
     )
@@ -59,9 +63,20 @@ def _message_id(begun: ResponsesAnswer) -> str:
     return "msg_" + begun.id.removeprefix("resp_")
 
 
-def _message(message_id: str, text: str, reason: ChoiceReason) -> OutputMessage:
+def _spelling(body: ResponsesBody, generator: Generator) -> Spelling | None:
+    """How tokens are shown beside the text; None where they are not asked for."""
+    return generator.tokenizer if body.wants_logprobs else None
+
+
+def _logprobs(
+    tokens: Sequence[Token], top_tokens: Sequence[Sequence[Token]], spelling: Spelling | None
+) -> list[ChatLogprob]:
+    return [] if spelling is None else chat_logprobs(tokens, top_tokens, spelling).content
+
+
+def _message(message_id: str, text: str, reason: ChoiceReason, logprobs: list[ChatLogprob]) -> OutputMessage:
     status = "incomplete" if reason == "length" else "completed"
-    return OutputMessage(message_id, status, [OutputText(text)])  # type: ignore[arg-type]  # a Literal of the two
+    return OutputMessage(message_id, status, [OutputText(text, logprobs=logprobs)])  # type: ignore[arg-type]  # a Literal of the two
 
 
 def _ended(begun: ResponsesAnswer, message: OutputMessage, reason: ChoiceReason, end: Completion) -> ResponsesAnswer:
@@ -77,8 +92,10 @@ def _ended(begun: ResponsesAnswer, message: OutputMessage, reason: ChoiceReason,
 class _Events:
     """The events of a stream, each with its number and its name."""
 
-    def __init__(self, begun: ResponsesAnswer):
+    def __init__(self, begun: ResponsesAnswer, spelling: Spelling | None):
         self._begun = begun
+        self._spelling = spelling
+        self._logprobs: list[ChatLogprob] = []
         self._number = 0
         self._place = {"item_id": _message_id(begun), "output_index": 0, "content_index": 0}
         self._text = ChoiceText((), keeps_stop=False, shows_special=False)
@@ -90,9 +107,11 @@ class _Events:
         if self._number == 0:
             self._begin()
         pieces, reason = self._text.feed(delta)
-        for piece in pieces:
-            if piece:
-                self._add("response.output_text.delta", delta=piece, logprobs=[], **self._place)
+        for i, piece in enumerate(pieces):
+            logprobs = _logprobs(delta.tokens[i : i + 1], delta.top_tokens[i : i + 1], self._spelling)
+            if piece or logprobs:
+                self._add("response.output_text.delta", delta=piece, logprobs=logprobs, **self._place)
+            self._logprobs += logprobs
         self._pieces += pieces
         if delta.completion is not None and reason is not None:
             self._finish(reason, delta.completion)
@@ -123,9 +142,9 @@ class _Events:
 
     def _finish(self, reason: ChoiceReason, end: Completion) -> None:
         text = "".join(self._pieces)
-        message = _message(str(self._place["item_id"]), text, reason)
+        message = _message(str(self._place["item_id"]), text, reason, self._logprobs)
         ended = _ended(self._begun, message, reason, end)
-        self._add("response.output_text.done", text=text, logprobs=[], **self._place)
+        self._add("response.output_text.done", text=text, logprobs=self._logprobs, **self._place)
         self._add("response.content_part.done", part=message.content[0], **self._place)
         self._add("response.output_item.done", output_index=0, item=message)
         self._add(f"response.{ended.status}", response=ended)

@@ -7,6 +7,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from loraplex_server.api.schemas.openai import ChatBody, ChatMessage
+from loraplex_server.api.schemas.openai_answers import ChatLogprob
 from loraplex_server.api.schemas.tgi import Float32, UInt32
 from loraplex_server.errors import InvalidRequest
 
@@ -19,8 +20,14 @@ _NOT_SERVED = {
     "background": "send the request without it and wait, or stream",
     "prompt": "prompts are not stored; send `instructions` and `input`",
     "tools": "tools are served by /v1/chat/completions",
-    "top_logprobs": "log-probabilities are served by /v1/chat/completions",
 }
+LOGPROBS = "message.output_text.logprobs"
+# What else an answer may be asked to include: of things that are not in these answers.
+_EMPTY_INCLUDES = (
+    "reasoning.encrypted_content", "message.input_image.image_url", "file_search_call.results",
+    "web_search_call.results", "web_search_call.action.sources", "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+)  # fmt: skip
 
 
 class _Body(BaseModel):
@@ -93,7 +100,15 @@ class ResponsesBody(_Body):
     conversation: Any = Field(None, description="refused: conversations are not stored")
     background: bool | None = Field(None, description="refused when true")
     prompt: Any = Field(None, description="refused: prompts are not stored")
-    top_logprobs: UInt32 | None = Field(None, description="refused above 0; see /v1/chat/completions")
+    include: list[str] | None = Field(
+        None, description="what else to answer with", examples=[["message.output_text.logprobs"]]
+    )
+    top_logprobs: UInt32 | None = Field(None, description="0 to 20 likely tokens to report beside each generated one")
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the text comes with its tokens and their log-probabilities."""
+        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
 
     def as_chat(self) -> ChatBody:
         """The same as a chat; refuses what a chat has no word for."""
@@ -102,6 +117,9 @@ class ResponsesBody(_Body):
                 raise InvalidRequest(f"`{name}` is not supported: {reason}")
         if self.tool_choice not in (None, "none", "auto"):
             raise InvalidRequest("`tool_choice` is not supported: tools are served by /v1/chat/completions")
+        for asked in self.include or ():
+            if asked != LOGPROBS and asked not in _EMPTY_INCLUDES:
+                raise InvalidRequest(f"`include` has {asked[:60]!r}, which is not known; {LOGPROBS} is")
         if not self.input:
             raise InvalidRequest("`input` must not be empty")
         if self.max_output_tokens == 0:
@@ -124,6 +142,8 @@ class ResponsesBody(_Body):
                 "user": self.user,
                 "add_generation_prompt": True,
                 "response_format": self._response_format(),
+                "logprobs": self.wants_logprobs,
+                "top_logprobs": self.top_logprobs or 0,
             }
         )
 
@@ -139,7 +159,7 @@ class OutputText(msgspec.Struct, frozen=True, tag="output_text"):
 
     text: str
     annotations: list[str] = []
-    logprobs: list[str] = []
+    logprobs: list[ChatLogprob] = []
 
 
 class OutputMessage(msgspec.Struct, frozen=True, tag="message"):
@@ -206,6 +226,7 @@ class ResponsesAnswer(msgspec.Struct, frozen=True, kw_only=True):
     incomplete_details: IncompleteDetails | None = None
     instructions: str | None
     max_output_tokens: int | None
+    top_logprobs: int
     temperature: float
     top_p: float
     text: TextFormat
@@ -228,6 +249,7 @@ def begun_answer(body: ResponsesBody, answer_id: str, model: str) -> ResponsesAn
         model=model,
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,
+        top_logprobs=body.top_logprobs or 0,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         text=TextFormat(asked or {"type": "text"}),
