@@ -1,13 +1,15 @@
 """Time what the host does for a step beside the forward pass: plan it, route its adapters, stage its tensors.
 
 By default 256 rows that decode, over 64 adapters of mixed ranks. Nothing is computed: each row is given a token as if a
-model had chosen it. Printed are medians and 99th percentiles in milliseconds.
+model had chosen it; with --ahead 1, as on a GPU, when the next step was planned and staged. Printed are medians and
+99th percentiles in milliseconds.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from loraplex_server.engine.batch_builder import BatchBuilder
 from loraplex_server.engine.block_manager import BlockManager
 from loraplex_server.engine.scheduler import Scheduler
 from loraplex_server.engine.sequence import new_sequence
+from loraplex_server.engine.step import StepPlan
 from loraplex_server.messages import AdapterSpec, GenerateRequest, SamplingParams
 
 BLOCK_SIZE = 16
@@ -34,7 +37,9 @@ TOKEN = 7
 class HostPath:
     """The scheduler and the batch builder of one rank, without a model between them."""
 
-    def __init__(self, model: CausalLM, num_rows: int, num_adapters: int, prompt_length: int, num_steps: int):
+    def __init__(
+        self, model: CausalLM, num_rows: int, num_adapters: int, prompt_length: int, num_steps: int, ahead: int
+    ):
         length = prompt_length + num_steps + 1
         num_blocks = num_rows * (length // BLOCK_SIZE + 2)
         self._blocks = BlockManager(num_blocks, BLOCK_SIZE)
@@ -49,6 +54,9 @@ class HostPath:
         self._slots = AdapterSlots(model, num_adapters)
         self._builder = BatchBuilder(num_rows, -(-length // BLOCK_SIZE), BLOCK_SIZE, self._slots, torch.device("cpu"))
         self._model = model
+        self._ahead = ahead
+        self._in_flight: deque[StepPlan] = deque()
+        self._last_token_ids = torch.full((num_rows,), TOKEN)
         for number in range(num_adapters):
             spec = AdapterSpec(adapter_id=f"a{number}", digest=str(number), path="", rank=8, num_bytes=1)
             self._adapters.register(spec)
@@ -84,9 +92,12 @@ class HostPath:
             self._builder.start_row(start.row)
         prepared = time.perf_counter()
         if plan.sequences:
-            self._builder.build(plan)
+            self._builder.build(plan, self._last_token_ids)
         staged = time.perf_counter()
-        self._scheduler.advance(plan, {s.row: TOKEN for s in plan.sequences if s.samples})
+        self._in_flight.append(plan)
+        if len(self._in_flight) > self._ahead:
+            plan = self._in_flight.popleft()
+            self._scheduler.advance(plan, {s.row: TOKEN for s in plan.sequences if s.samples})
         return planned - began, staged - prepared, time.perf_counter() - staged
 
 
@@ -106,11 +117,12 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--prompt-length", type=int, default=192)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--ahead", type=int, default=1, choices=(0, 1), help="steps in flight when the next is planned")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single())
-    path = HostPath(model, options.rows, options.adapters, options.prompt_length, options.steps)
+    path = HostPath(model, options.rows, options.adapters, options.prompt_length, options.steps, options.ahead)
     times = [path.step() for _ in range(options.steps - 1)]
     print(f"{options.rows} rows over {options.adapters} adapters, {len(times)} decode steps; milliseconds")
     columns = {

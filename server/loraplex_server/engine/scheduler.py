@@ -421,7 +421,7 @@ class Scheduler:
             targets = sequence.token_ids[start + 1 : min(end + 1, sequence.num_prompt_tokens)]
         planned = ScheduledSequence(
             row=sequence.row,
-            token_ids=list(sequence.uncomputed(count)),
+            token_ids=sequence.uncomputed(count),
             start=start,
             new_block_ids=new_block_ids,
             slot=sequence.slot,

@@ -76,7 +76,7 @@ class Sequence:
         num_planned = self.num_output_tokens + self.num_pending_tokens
         return not self.needs_known_tokens and num_planned < self.request.sampling.max_new_tokens
 
-    def uncomputed(self, count: int) -> Tokens[int]:
+    def uncomputed(self, count: int) -> list[int]:
         """The next `count` tokens to compute; only one that stands alone may be pending."""
         if self.num_computed_tokens == len(self.token_ids):
             return [FUTURE_TOKEN]
@@ -84,7 +84,7 @@ class Sequence:
 
     def num_base_tokens(self, count: int) -> int:
         """How many of the next `count` tokens to compute are the base's."""
-        return max(0, min(count, self.adapter_start - self.num_computed_tokens))
+        return max(0, min(count, self.adapter_start - self.num_computed_tokens)) if self.adapter_start else 0
 
     def hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
         """The names of the first `num_blocks` full blocks; tokens are only ever appended, so they stay valid.
