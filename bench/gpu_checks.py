@@ -67,8 +67,8 @@ def _pairs(device: torch.device, dtype: torch.dtype, small: bool) -> list[tuple[
         ours, truth = getattr(activations, name)(gate_up), getattr(reference_activation, name)(gate_up)
         found.append((name, ours, truth))
     x, residual, weight = numbers(5, hidden), numbers(5, hidden), numbers(hidden)
-    ours = norm.add_rms_norm(x, residual.clone(), weight, 1e-5)
-    found.append(("add_rms_norm", ours, reference_norm.add_rms_norm(x, residual.clone(), weight, 1e-5)))
+    ours = norm.add_norm(x, residual.clone(), norm.Norm(weight, 1e-5))
+    found.append(("add_norm", ours, reference_norm.add_norm(x, residual.clone(), norm.Norm(weight, 1e-5))))
     for bits in (4, 8):
         packed = pack_groups(
             torch.randint(0, 1 << bits, (hidden, hidden), dtype=torch.uint8), torch.full((1, 1), 1 << (bits - 1)),

@@ -1,4 +1,4 @@
-"""Gated activations."""
+"""Activations, gated and plain."""
 
 from torch import Tensor
 
@@ -40,3 +40,30 @@ def gelu_and_mul(gate_up: Tensor, delta: RowDelta | None = None) -> Tensor:
 
         return _gpu.gelu_and_mul(gate_up, delta)
     return _reference.gelu_and_mul(gate_up, delta)
+
+
+def silu(x: Tensor, delta: RowDelta | None = None) -> Tensor:
+    """Return silu(x), [T, size]; x: [T, size], dense, to which `delta`, of one part, is added first."""
+    if on_gpu(x):
+        from loraplex_kernels.gpu import activation as _gpu  # Triton exists on GPU machines only
+
+        return _gpu.silu(x, delta)
+    return _reference.silu(x, delta)
+
+
+def gelu_tanh(x: Tensor, delta: RowDelta | None = None) -> Tensor:
+    """Return gelu(x) in its tanh form; arguments and result as of `silu`."""
+    if on_gpu(x):
+        from loraplex_kernels.gpu import activation as _gpu  # Triton exists on GPU machines only
+
+        return _gpu.gelu_tanh(x, delta)
+    return _reference.gelu_tanh(x, delta)
+
+
+def gelu(x: Tensor, delta: RowDelta | None = None) -> Tensor:
+    """Return gelu(x) in its exact form; arguments and result as of `silu`."""
+    if on_gpu(x):
+        from loraplex_kernels.gpu import activation as _gpu  # Triton exists on GPU machines only
+
+        return _gpu.gelu(x, delta)
+    return _reference.gelu(x, delta)

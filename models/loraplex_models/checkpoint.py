@@ -48,7 +48,7 @@ class Checkpoint:
         Raises CheckpointError when a file is missing or broken.
         """
         self.weight_format = weight_format
-        self._part = part
+        self.part = part
         self._served_name = served_name
         self._folder = Path(folder)
         self._files: dict[str, Any] = {}  # those that are mapped now
@@ -123,7 +123,7 @@ class Checkpoint:
     def linear(self, module: str) -> "CheckpointLinear":
         """Return the tensors of one linear, by suffix. Raises CheckpointError when it cannot be cut for the rank."""
         try:
-            cut = None if self._part is None else self._part.linear(module)
+            cut = None if self.part is None else self.part.linear(module)
         except CutError as error:
             raise CheckpointError(str(error)) from None
         return CheckpointLinear(self, module) if cut is None else CutLinear(self, module, cut)

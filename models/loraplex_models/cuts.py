@@ -31,8 +31,6 @@ CUT_INPUTS = {
 }
 # Routers: every rank sends tokens to the same experts, of each of which it has a part.
 WHOLE = ("mlp.gate", "block_sparse_moe.gate")
-# Architectures that need more than linears cut, and why.
-UNCUT_ARCHITECTURES = {"Olmo2ForCausalLM": "its queries and keys are normalised over all heads together"}
 # The MLP is cut where a vector register or a group of a quantised weight begins, if there are enough of such places.
 MLP_UNITS = (128, 64, 32, 16, 8)
 
@@ -71,15 +69,14 @@ class RankPart:
     """
 
     def __init__(self, whole: ModelConfig, rank: int, size: int) -> None:
-        if size > 1 and whole.architecture in UNCUT_ARCHITECTURES:
-            reason = UNCUT_ARCHITECTURES[whole.architecture]
-            raise CutError(f"{whole.architecture} is not served on {size} ranks ({reason}): leave --num-shard at 1")
         self.rank = rank
         self.size = size
         self.vocab = split(whole.vocab_size, size, rank)
         heads, key_heads = _heads(whole, rank, size)
         mlp = _mlp(whole.intermediate_size, rank, size)
         head_dim = whole.head_dim
+        # Ranks that have the same key heads are neighbours.
+        self.is_first_with_keys = rank == 0 or _heads(whole, rank - 1, size)[1] != key_heads
         self._cuts = {
             "queries": Cut(whole.num_heads * head_dim, ((heads[0] * head_dim, heads[1] * head_dim),)),
             "keys": Cut(whole.num_kv_heads * head_dim, ((key_heads[0] * head_dim, key_heads[1] * head_dim),)),
@@ -97,6 +94,16 @@ class RankPart:
             intermediate_size=mlp[1] - mlp[0],
             experts=experts,
         )
+
+    @property
+    def queries(self) -> Cut:
+        """The rank's part of all queries of a token."""
+        return self._cuts["queries"]
+
+    @property
+    def keys(self) -> Cut:
+        """The rank's part of all keys of a token; others may have the same."""
+        return self._cuts["keys"]
 
     def linear(self, module: str) -> LinearCut | None:
         """The part of a linear, `layers.0.self_attn.q_proj` or with more before it; None when it is held whole.

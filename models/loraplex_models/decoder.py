@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from loraplex_kernels.kv_cache import HeadNorms
+from loraplex_kernels.lora_pages import RowDelta
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
 from loraplex_models.config import ModelConfig
 from loraplex_models.cuts import split
@@ -16,7 +17,7 @@ from loraplex_models.layers.build import Build
 from loraplex_models.layers.linear import Linear
 from loraplex_models.layers.mlp import MLP
 from loraplex_models.layers.moe import SparseMLP
-from loraplex_models.layers.norm import OffsetRMSNorm, RMSNorm
+from loraplex_models.layers.norm import RMSNorm, add_and_norm
 from loraplex_models.layers.rotary import RopeError, Rotary
 from loraplex_models.parallel import ParallelGroup
 from loraplex_quant.keep import Keeping
@@ -33,10 +34,18 @@ class LoraSite:
 
 
 class DecoderLayer:
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). A family overrides what is different in it."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). A family overrides what is different in it.
+
+    `forward` is what a CPU runs. What a family has different there, it also declares, for `forward_fused`.
+    """
 
     norm_class: type[RMSNorm] = RMSNorm
     always_has_qkv_bias = False
+    is_parallel = False  # the MLP reads what attention reads
+    # What becomes of what attention and MLP give before it is added: it is normalised, and scaled.
+    norm_after_attention: RMSNorm | None = None
+    norm_after_mlp: RMSNorm | None = None
+    share = 1.0
 
     def __init__(self, config: ModelConfig, index: int, attention: Attention, build: Build) -> None:
         hidden, query_size = config.hidden_size, config.num_heads * config.head_dim
@@ -94,13 +103,6 @@ class DecoderLayer:
         x = self.output.forward(found, lora, x)
         return self.mlp.forward(self.mlp_norm.forward(x), lora, x)
 
-    @classmethod
-    def is_plain(cls) -> bool:
-        """Whether `forward_fused` does what `forward` does."""
-        keeps_projection = cls._project is DecoderLayer._project or cls.head_norms is not DecoderLayer.head_norms
-        has_plain_norms = cls.norm_class in (RMSNorm, OffsetRMSNorm)
-        return cls.forward is DecoderLayer.forward and keeps_projection and has_plain_norms
-
     def forward_fused(
         self,
         x: Tensor,
@@ -116,14 +118,17 @@ class DecoderLayer:
         x: what `attention_norm` gave; `residual` is changed in place. Returns what `next_norm` makes of it.
         """
         qkv, delta = self.qkv.project(x, lora)
-        found = self._attention.forward(qkv, cache, plan, *angles, delta, self.head_norms())
+        found = self._attention.forward(qkv, cache, plan, *angles, delta, self.head_norms(qkv, delta))
         out, delta = self.output.project(found, lora)
-        normed = self.mlp_norm.forward_added(out, residual, delta)
-        out, delta = self.mlp.project(normed, lora)
-        return next_norm.forward_added(out, residual, delta)
+        if self.is_parallel:
+            add_and_norm(out, residual, delta, None, share=self.share)
+        else:
+            x = add_and_norm(out, residual, delta, self.mlp_norm, self.norm_after_attention, self.share)
+        out, delta = self.mlp.project(x, lora)
+        return add_and_norm(out, residual, delta, next_norm, self.norm_after_mlp, self.share)
 
-    def head_norms(self) -> HeadNorms | None:
-        """Norms of each query and key head alone, where a family has them."""
+    def head_norms(self, qkv: Tensor, delta: RowDelta | None) -> HeadNorms | None:
+        """The norms of queries and keys, where a family has them; `delta` is still to be added to `qkv`."""
         return None
 
     def _project(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
@@ -157,7 +162,6 @@ class CausalLM:
         self._embedding = build.embedding(config.vocab_size, config.hidden_size)
         self.layers = [self.layer_class(config, i, attention, build) for i in range(config.num_layers)]
         self._norm = self.layer_class.norm_class(config.hidden_size, config.norm_eps, dtype, device)
-        self._is_plain = self.layer_class.is_plain() and group.size == 1
         self._head = build.head(config.vocab_size, config.hidden_size)
 
     @property
@@ -168,7 +172,7 @@ class CausalLM:
     @property
     def can_be_captured(self) -> bool:
         """Whether a pass on a GPU asks nothing of the device and does nothing new from one to the next."""
-        return self._is_plain and self.config.rope.kind != "dynamic"
+        return self.group.can_be_captured
 
     @property
     def lora_sites(self) -> tuple[LoraSite, ...]:
@@ -262,7 +266,7 @@ class CausalLM:
             lora.embedding.apply(x, batch.token_ids, lora.segments)
         x = self._finish_embedding(x, batch.positions)
         parts = list(zip(self.layers, turns, kv_cache.layers, plans, strict=True))
-        if self._is_plain and plans[0].blocks is not None and (lora is None or lora.extras is None):
+        if plans[0].blocks is not None and (lora is None or lora.extras is None):
             hidden = self._run_fused(x, parts, lora).index_select(0, batch.sample_rows)
         else:
             for layer, angles, cache, plan in parts:

@@ -32,22 +32,25 @@ class Gemma(CausalLM):
 class Gemma2Layer(GemmaLayer):
     """Attention and MLP each between two norms."""
 
+    norm_after_attention: OffsetRMSNorm
+    norm_after_mlp: OffsetRMSNorm
+
     def __init__(self, config: ModelConfig, index: int, attention: Attention, build: Build) -> None:
         super().__init__(config, index, attention, build)
-        self._norm_after_attention = OffsetRMSNorm(config.hidden_size, config.norm_eps, build.dtype, build.device)
-        self._norm_after_mlp = OffsetRMSNorm(config.hidden_size, config.norm_eps, build.dtype, build.device)
+        self.norm_after_attention = OffsetRMSNorm(config.hidden_size, config.norm_eps, build.dtype, build.device)
+        self.norm_after_mlp = OffsetRMSNorm(config.hidden_size, config.norm_eps, build.dtype, build.device)
 
     @property
     def num_bytes(self) -> int:
         """Size of the loaded weights."""
-        return super().num_bytes + self._norm_after_attention.num_bytes + self._norm_after_mlp.num_bytes
+        return super().num_bytes + self.norm_after_attention.num_bytes + self.norm_after_mlp.num_bytes
 
     def _load_norms(self, checkpoint: Checkpoint) -> None:
         prefix = f"model.{self.prefix}"
         self.attention_norm.load(checkpoint, f"{prefix}.input_layernorm.weight")
-        self._norm_after_attention.load(checkpoint, f"{prefix}.post_attention_layernorm.weight")
+        self.norm_after_attention.load(checkpoint, f"{prefix}.post_attention_layernorm.weight")
         self.mlp_norm.load(checkpoint, f"{prefix}.pre_feedforward_layernorm.weight")
-        self._norm_after_mlp.load(checkpoint, f"{prefix}.post_feedforward_layernorm.weight")
+        self.norm_after_mlp.load(checkpoint, f"{prefix}.post_feedforward_layernorm.weight")
 
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Tensor, plan: AttentionPlan, lora: LoraBatch | None
@@ -55,8 +58,8 @@ class Gemma2Layer(GemmaLayer):
         """Return the hidden states [T, hidden] after this layer."""
         qkv = self._project(self.attention_norm.forward(x), lora)
         found = self._attention.forward(qkv, cache, plan, *angles)
-        x = x + self._norm_after_attention.forward(self.output.forward(found, lora))
-        return x + self._norm_after_mlp.forward(self.mlp.forward(self.mlp_norm.forward(x), lora))
+        x = x + self.norm_after_attention.forward(self.output.forward(found, lora))
+        return x + self.norm_after_mlp.forward(self.mlp.forward(self.mlp_norm.forward(x), lora))
 
 
 class Gemma2(Gemma):

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from loraplex_kernels.kv_cache import HeadNorms
+from loraplex_kernels.lora_pages import RowDelta
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
 from loraplex_models.config import ModelConfig
 from loraplex_models.forward import LoraBatch
@@ -30,6 +32,10 @@ class Gemma3Layer(Gemma2Layer):
     def _load_norms(self, checkpoint: Checkpoint) -> None:
         super()._load_norms(checkpoint)
         self._qk_norm.load(checkpoint, f"model.{self.prefix}.self_attn", offset=1.0)
+
+    def head_norms(self, qkv: Tensor, delta: RowDelta | None) -> HeadNorms:
+        """The norms of single heads."""
+        return self._qk_norm.of_heads()
 
     def _project(self, x: Tensor, lora: LoraBatch | None) -> Tensor:
         qkv = super()._project(x, lora)

@@ -15,7 +15,7 @@ class GraniteLayer(DecoderLayer):
 
     def __init__(self, config: ModelConfig, index: int, attention: Attention, build: Build) -> None:
         super().__init__(config, index, attention, build)
-        self._share = 1.0 if config.residual_scale is None else config.residual_scale
+        self.share = 1.0 if config.residual_scale is None else config.residual_scale
 
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Tensor, plan: AttentionPlan, lora: LoraBatch | None
@@ -23,8 +23,8 @@ class GraniteLayer(DecoderLayer):
         """Return the hidden states [T, hidden] after this layer."""
         qkv = self.qkv.forward(self.attention_norm.forward(x), lora)
         found = self._attention.forward(qkv, cache, plan, *angles)
-        x = torch.add(x, self.output.forward(found, lora), alpha=self._share)
-        return torch.add(x, self.mlp.forward(self.mlp_norm.forward(x), lora), alpha=self._share)
+        x = torch.add(x, self.output.forward(found, lora), alpha=self.share)
+        return torch.add(x, self.mlp.forward(self.mlp_norm.forward(x), lora), alpha=self.share)
 
 
 class Granite(CausalLM):

@@ -57,6 +57,11 @@ class ParallelGroup:
         except RuntimeError as error:
             raise RanksLost(f"the {size} ranks did not meet at {rendezvous}: {_first_line(error)}") from None
 
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a CUDA graph can hold the collectives: NCCL's run on the device, gloo's need the host."""
+        return self._links is None or self._links.can_be_captured
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum of the ranks' tensors, which takes the place of `tensor`."""
         if self._links is not None:
@@ -109,6 +114,7 @@ class _Links:
             options = _dist.ProcessGroupNCCL.Options()
             options._timeout = WAIT_LIMIT
             self._tensors = _dist.ProcessGroupNCCL(_dist.PrefixStore("nccl", store), rank, size, options)
+        self.can_be_captured = self._tensors is not self._gloo
         self._store = store  # rank 0 may hold the listening end of it
 
     def all_reduce(self, tensor: Tensor) -> None:

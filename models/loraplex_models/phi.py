@@ -12,6 +12,8 @@ from loraplex_models.starcoder2 import Starcoder2Layer
 class PhiLayer(Starcoder2Layer):
     """One layer: x + attention(norm(x)) + mlp(norm(x)), with one norm."""
 
+    is_parallel = True
+
     def _load_norms(self, checkpoint: Checkpoint) -> None:
         self.attention_norm.load(checkpoint, f"model.{self.prefix}.input_layernorm.weight")
 

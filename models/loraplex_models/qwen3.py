@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from loraplex_kernels.kv_cache import HeadNorms
+from loraplex_kernels.lora_pages import RowDelta
 from loraplex_models.checkpoint import Checkpoint
 from loraplex_models.config import ModelConfig
 from loraplex_models.decoder import CausalLM, DecoderLayer
@@ -29,7 +30,7 @@ class Qwen3Layer(DecoderLayer):
         super()._load_norms(checkpoint)
         self._qk_norm.load(checkpoint, f"model.{self.prefix}.self_attn")
 
-    def head_norms(self) -> HeadNorms:
+    def head_norms(self, qkv: Tensor, delta: RowDelta | None) -> HeadNorms:
         """The norms of single heads."""
         return self._qk_norm.of_heads()
 

@@ -103,7 +103,6 @@ def test_one_rank_has_all() -> None:
     [
         (model(9, 3), 10, "10 ranks are more than the model's 9 attention heads"),
         (model(8, 8, 3), 4, "an MLP of 3"),
-        (replace(model(8, 8), architecture="Olmo2ForCausalLM"), 2, "Olmo2ForCausalLM is not served on 2 ranks"),
     ],
 )
 def test_a_model_that_cannot_be_cut_is_refused(config: ModelConfig, size: int, named: str) -> None:

@@ -47,8 +47,7 @@ def logits(folder: Path, adapters: list[Path], group: ParallelGroup) -> list[Ten
     return [paged.logits(name) for name in names]
 
 
-UNCUT = {"OLMo 2"}
-CASES = [("Llama", 3), ("Llama", 4), *((name, 2) for name in FAMILIES if name not in UNCUT)]
+CASES = [("Llama", 3), ("Llama", 4), ("OLMo 2", 4), *((name, 2) for name in FAMILIES)]
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 @triton.jit(do_not_specialize_on_alignment=TABLES)
 def _rotate_and_store(
     qkv, delta, row_slots, ranks, rank_stride, cos, signed_sin, cache, cells, query_weight, key_weight, eps,
-    num_heads, num_kv_heads,
+    squares, query_width, key_width, num_heads, num_kv_heads,
     HEAD_DIM: tl.constexpr, TURNED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    HAS_DELTA: tl.constexpr, PARTS: tl.constexpr, HAS_NORMS: tl.constexpr,
+    HAS_DELTA: tl.constexpr, PARTS: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_SQUARES: tl.constexpr,
+    ARE_NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -30,7 +31,11 @@ def _rotate_and_store(
     start = (token * (num_heads + 2 * num_kv_heads) + head) * HEAD_DIM
     i = tl.arange(0, HALF)
     is_half = i < TURNED // 2
-    j = i + TURNED // 2
+    # Of each pair the angle's place in its table, and that of the element in the head.
+    first_angle, second_angle = i, i + TURNED // 2
+    j = second_angle
+    if ARE_NEIGHBOURS:
+        i, j = 2 * i, 2 * i + 1
     k = TURNED + tl.arange(0, REST)
     is_rest = k < HEAD_DIM
     first = tl.load(qkv + start + i, mask=is_half, other=0.0).to(tl.float32)
@@ -44,8 +49,13 @@ def _rotate_and_store(
             rest += tl.load(delta + start + k, mask=is_rest, other=0.0).to(tl.float32)
     if kind < 2:
         if HAS_NORMS:
-            squares = tl.sum(first * first, 0) + tl.sum(second * second, 0) + tl.sum(rest * rest, 0)
-            scale = 1.0 / tl.sqrt(squares / HEAD_DIM + eps)
+            if HAS_SQUARES:
+                total = tl.load(squares + token * 2 + kind)
+                width = tl.where(kind == 0, query_width, key_width)
+            else:
+                total = tl.sum(first * first, 0) + tl.sum(second * second, 0) + tl.sum(rest * rest, 0)
+                width = HEAD_DIM
+            scale = 1.0 / tl.sqrt(total / width + eps)
             weight = query_weight + head * HEAD_DIM
             if kind == 1:
                 weight = key_weight + (head - num_heads) * HEAD_DIM
@@ -53,10 +63,10 @@ def _rotate_and_store(
             second *= scale * tl.load(weight + j, mask=is_half, other=0.0).to(tl.float32)
             rest *= scale * tl.load(weight + k, mask=is_rest, other=0.0).to(tl.float32)
         angle = token * TURNED
-        first_cos = tl.load(cos + angle + i, mask=is_half, other=0.0).to(tl.float32)
-        second_cos = tl.load(cos + angle + j, mask=is_half, other=0.0).to(tl.float32)
-        first_sin = tl.load(signed_sin + angle + i, mask=is_half, other=0.0).to(tl.float32)
-        second_sin = tl.load(signed_sin + angle + j, mask=is_half, other=0.0).to(tl.float32)
+        first_cos = tl.load(cos + angle + first_angle, mask=is_half, other=0.0).to(tl.float32)
+        second_cos = tl.load(cos + angle + second_angle, mask=is_half, other=0.0).to(tl.float32)
+        first_sin = tl.load(signed_sin + angle + first_angle, mask=is_half, other=0.0).to(tl.float32)
+        second_sin = tl.load(signed_sin + angle + second_angle, mask=is_half, other=0.0).to(tl.float32)
         turned_first = first * first_cos + second * first_sin
         second = second * second_cos + first * second_sin
         first = turned_first
@@ -75,8 +85,10 @@ def _rotate_and_store(
 
 def rotate_and_store(
     qkv: Tensor, cos: Tensor, signed_sin: Tensor, cache: Tensor, slot_mapping: Tensor, num_heads: int, head_dim: int,
-    delta: "RowDelta | None" = None, norms: "HeadNorms | None" = None,
+    delta: "RowDelta | None" = None, norms: "HeadNorms | None" = None, *, are_neighbours: bool = False,
 ) -> None:  # fmt: skip
+    squares = None if norms is None else norms.squares
+    widths = (0, 0) if norms is None else norms.widths
     num_tokens, width = qkv.shape
     if num_tokens == 0:
         return
@@ -85,9 +97,10 @@ def rotate_and_store(
     _rotate_and_store[(num_tokens, num_all)](
         qkv, *delta_arguments(delta, qkv), cos, signed_sin, cache, slot_mapping,
         qkv if norms is None else norms.query_weight, qkv if norms is None else norms.key_weight,
-        0.0 if norms is None else norms.eps, num_heads, (num_all - num_heads) // 2,
+        0.0 if norms is None else norms.eps, qkv if squares is None else squares, *widths,
+        num_heads, (num_all - num_heads) // 2,
         HEAD_DIM=head_dim, TURNED=turned, HALF=triton.next_power_of_2(max(turned // 2, 1)),
         REST=triton.next_power_of_2(max(head_dim - turned, 1)),
         HAS_DELTA=delta is not None, PARTS=1 if delta is None else delta.num_parts, HAS_NORMS=norms is not None,
-        num_warps=1,
+        HAS_SQUARES=squares is not None, ARE_NEIGHBOURS=are_neighbours, num_warps=1,
     )  # fmt: skip

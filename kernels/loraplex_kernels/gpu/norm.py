@@ -1,7 +1,8 @@
-"""RMSNorm in Triton: one program a row, or a group of a row, held in registers as a whole."""
+"""Norms in Triton: one program a row, or a group of a row, held in registers as a whole."""
 
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,6 +11,7 @@ from loraplex_kernels.gpu.delta import TABLES, delta_arguments, rank_of
 
 if TYPE_CHECKING:
     from loraplex_kernels.lora_pages import RowDelta
+    from loraplex_kernels.norm import Norm
 
 
 @triton.jit
@@ -31,8 +33,9 @@ def _norm(x, row_stride, weight, weight_stride, out, out_stride, size, eps, BLOC
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
 def _add_norm(
-    x, delta, row_slots, ranks, rank_stride, residual, weight, post_weight, out, size, eps,
-    HAS_DELTA: tl.constexpr, HAS_POST: tl.constexpr, BLOCK: tl.constexpr,
+    x, delta, row_slots, ranks, rank_stride, residual, share, weight, bias, eps, post_weight, post_eps, out, size,
+    HAS_DELTA: tl.constexpr, HAS_POST: tl.constexpr, HAS_NORM: tl.constexpr, IS_CENTRED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -43,12 +46,38 @@ def _add_norm(
         if rank_of(row_slots, ranks, rank_stride, row, 0) > 0:
             total += tl.load(delta + cell, mask=is_column, other=0.0).to(tl.float32)
     if HAS_POST:
-        total = _scaled(total, post_weight, column, is_column, size, eps)
-    total += tl.load(residual + cell, mask=is_column, other=0.0).to(tl.float32)
+        total = _scaled(total, post_weight, column, is_column, size, post_eps)
+    total = total * share + tl.load(residual + cell, mask=is_column, other=0.0).to(tl.float32)
     kept = total.to(residual.dtype.element_ty)
     tl.store(residual + cell, kept, mask=is_column)
-    scaled = _scaled(kept.to(tl.float32), weight, column, is_column, size, eps)
-    tl.store(out + cell, scaled.to(out.dtype.element_ty), mask=is_column)
+    if HAS_NORM:
+        numbers = kept.to(tl.float32)
+        if IS_CENTRED:
+            numbers = tl.where(is_column, numbers - tl.sum(numbers, 0) / size, 0.0)
+        normed = _scaled(numbers, weight, column, is_column, size, eps)
+        if HAS_BIAS:
+            normed += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)
+        tl.store(out + cell, normed.to(out.dtype.element_ty), mask=is_column)
+
+
+@triton.jit(do_not_specialize_on_alignment=TABLES)
+def _square(
+    qkv, delta, row_slots, ranks, rank_stride, out, query_size, key_size, width,
+    HAS_DELTA: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    kind = tl.program_id(1)
+    start = kind * query_size
+    end = start + tl.where(kind == 0, query_size, key_size)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(start, end, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        numbers = tl.load(qkv + row * width + column, mask=column < end, other=0.0).to(tl.float32)
+        if HAS_DELTA:
+            if rank_of(row_slots, ranks, rank_stride, row, kind if PARTS == 3 else 0) > 0:
+                numbers += tl.load(delta + row * width + column, mask=column < end, other=0.0).to(tl.float32)
+        total += numbers * numbers
+    tl.store(out + row * 2 + kind, tl.sum(total, 0))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -69,17 +98,31 @@ def _launch(x: Tensor, weight: Tensor, weight_stride: int, out: Tensor, size: in
         )
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float,
-    delta: "RowDelta | None" = None, post_weight: Tensor | None = None,
+def add_norm(
+    x: Tensor, residual: Tensor, norm: "Norm | None",
+    delta: "RowDelta | None" = None, post: "Norm | None" = None, share: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    out = x.new_empty(x.shape)
+    out = residual if norm is None else x.new_empty(x.shape)
     if len(x):
         block = triton.next_power_of_2(x.shape[1])
         _add_norm[(len(x),)](
-            x, *delta_arguments(delta, x), residual, weight, weight if post_weight is None else post_weight, out,
-            x.shape[1], eps, HAS_DELTA=delta is not None, HAS_POST=post_weight is not None,
+            x, *delta_arguments(delta, x), residual, share,
+            x if norm is None else norm.weight, x if norm is None or norm.bias is None else norm.bias,
+            0.0 if norm is None else norm.eps,
+            x if post is None else post.weight, 0.0 if post is None else post.eps, out, x.shape[1],
+            HAS_DELTA=delta is not None, HAS_POST=post is not None, HAS_NORM=norm is not None,
+            IS_CENTRED=norm is not None and norm.is_centred, HAS_BIAS=norm is not None and norm.bias is not None,
             BLOCK=block, num_warps=_warps(block),
+        )  # fmt: skip
+    return out
+
+
+def head_squares(qkv: Tensor, sizes: tuple[int, int], delta: "RowDelta | None" = None) -> Tensor:
+    out = torch.empty(len(qkv), 2, dtype=torch.float32, device=qkv.device)
+    if len(qkv):
+        _square[(len(qkv), 2)](
+            qkv, *delta_arguments(delta, qkv), out, *sizes, qkv.shape[1],
+            HAS_DELTA=delta is not None, PARTS=1 if delta is None else delta.num_parts, BLOCK=1024,
         )  # fmt: skip
     return out
 

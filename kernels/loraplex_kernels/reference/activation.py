@@ -1,4 +1,4 @@
-"""Gated activations in plain torch."""
+"""Activations in plain torch."""
 
 from typing import TYPE_CHECKING
 
@@ -24,3 +24,15 @@ def gelu_tanh_and_mul(gate_up: Tensor, delta: "RowDelta | None" = None) -> Tenso
 def gelu_and_mul(gate_up: Tensor, delta: "RowDelta | None" = None) -> Tensor:
     gate, up = with_delta(gate_up, delta).chunk(2, -1)
     return (F.gelu(gate) * up).to(gate_up.dtype)
+
+
+def silu(x: Tensor, delta: "RowDelta | None" = None) -> Tensor:
+    return F.silu(with_delta(x, delta)).to(x.dtype)
+
+
+def gelu_tanh(x: Tensor, delta: "RowDelta | None" = None) -> Tensor:
+    return F.gelu(with_delta(x, delta), approximate="tanh").to(x.dtype)
+
+
+def gelu(x: Tensor, delta: "RowDelta | None" = None) -> Tensor:
+    return F.gelu(with_delta(x, delta)).to(x.dtype)

@@ -1,12 +1,10 @@
 """The activations, gated and plain, by their name in a config.json."""
 
 from collections.abc import Callable
-from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from loraplex_kernels.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
+from loraplex_kernels.activation import gelu, gelu_and_mul, gelu_tanh, gelu_tanh_and_mul, silu, silu_and_mul
 
 GATED_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": silu_and_mul,
@@ -15,10 +13,10 @@ GATED_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "gelu_new": gelu_tanh_and_mul,
     "gelu": gelu_and_mul,
 }
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu": F.gelu,
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "silu": silu,
+    "swish": silu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_new": gelu_tanh,
+    "gelu": gelu,
 }

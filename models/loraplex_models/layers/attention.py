@@ -286,6 +286,40 @@ class Attention:
         return found.view(-1, self._query_width)
 
 
+class NeighbourAttention(Attention):
+    """Attention that turns elements 2 i and 2 i + 1 of a head together, where others turn i and i + head_dim / 2."""
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float | None, device: torch.device
+    ) -> None:
+        super().__init__(num_heads, num_kv_heads, head_dim, scale)
+        # In this order both are the same; scores do not depend on it, and values keep theirs.
+        heads = torch.arange((num_heads + 2 * num_kv_heads) * head_dim).view(-1, head_dim)
+        num_turned = num_heads + num_kv_heads
+        turned = heads[:num_turned].unflatten(1, (-1, 2)).transpose(1, 2)  # type: ignore[no-untyped-call]
+        self._order = torch.cat((turned.reshape(-1), heads[num_turned:].reshape(-1))).to(device)
+
+    def forward(
+        self,
+        qkv: Tensor,
+        cache: Tensor,
+        plan: AttentionPlan,
+        cos: Tensor,
+        signed_sin: Tensor,
+        delta: RowDelta | None = None,
+        norms: HeadNorms | None = None,
+    ) -> Tensor:
+        """As `Attention.forward`; on a CPU `qkv` stays as it is."""
+        if plan.blocks is None:
+            return super().forward(qkv.index_select(1, self._order), cache, plan, cos, signed_sin, delta, norms)
+        rotate_and_store(
+            qkv, cos, signed_sin, cache, plan.slot_mapping, self._num_heads, self._head_dim, delta, norms,
+            are_neighbours=True,
+        )  # fmt: skip
+        queries = qkv.narrow(1, 0, self._query_width)
+        return attend_blocks(queries, cache, plan.blocks, self._num_kv_heads, self._scale, self._cap)
+
+
 class CappedAttention(Attention):
     """Attention whose scores are bent to stay within a cap; it takes plans whose decodes are in groups."""
 

@@ -78,13 +78,16 @@ class Linear:
 
     def project(self, x: Tensor, lora: LoraBatch | None) -> tuple[Tensor, RowDelta | None]:
         """Return the product, and apart from it what adapters in rank pages add, for the operation that reads both."""
+        return self._project(x, lora)
+
+    def _project(self, x: Tensor, lora: LoraBatch | None) -> tuple[Tensor, RowDelta | None]:
         pages = None if lora is None else lora.pages[self.index]
         if lora is None or lora.tiles is None or pages is None:
             return self._method.apply(x), None
         return row_delta(x, pages, lora.tiles, lambda: self._method.apply(x))
 
     def _forward_paged(self, x: Tensor, lora: LoraBatch, addend: Tensor | None) -> Tensor:
-        out, delta = self.project(x, lora)
+        out, delta = self._project(x, lora)
         extras = None if lora.extras is None else lora.extras[self.index]
         if extras is not None:
             extras.apply(out, lora.segments)

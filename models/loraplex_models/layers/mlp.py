@@ -30,7 +30,7 @@ class MLP:
             linear.load(checkpoint, "model.")
 
     def project(self, x: Tensor, lora: LoraBatch | None) -> tuple[Tensor, RowDelta | None]:
-        """As `forward` for a gated activation, the delta of the last linear left to the operation that reads it."""
+        """As `forward`, with the delta of the last linear left to the operation that reads it."""
         gate_up, delta = self._up.project(x, lora)
         return self._down.project(self._activate(gate_up, delta), lora)
 

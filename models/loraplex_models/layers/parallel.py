@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from loraplex_kernels.lora_pages import add_rows
 from loraplex_models.checkpoint import Checkpoint, take_part
 from loraplex_models.cuts import Cut, split
 from loraplex_models.forward import LoraBatch
@@ -18,7 +19,8 @@ from loraplex_quant.method import LinearWeight, QuantMethod
 class RowLinear(Linear):
     """A linear that is cut by inputs: each rank's product is a summand, and so is each rank's part of the deltas.
 
-    B is linear, so B (A1 x1 + A2 x2) is the sum of what the ranks get with their parts of A; one sum serves all.
+    B is linear, so B (A1 x1 + A2 x2) is the sum of what the ranks get with their parts of A; one sum serves all. So
+    each rank adds its deltas to its product, and nothing is left to the operation that reads the sum.
     """
 
     def __init__(
@@ -37,6 +39,13 @@ class RowLinear(Linear):
         """Return the whole product, plus the bias, plus `addend`, plus the deltas. x: [T, this rank's inputs]."""
         out = super().forward(x, lora, addend if self._group.rank == 0 else None)
         return self._group.all_reduce(out)
+
+    def project(self, x: Tensor, lora: LoraBatch | None) -> tuple[Tensor, None]:
+        """Return the whole product with its deltas."""
+        out, delta = self._project(x, lora)
+        if delta is not None:
+            add_rows(out, delta)
+        return self._group.all_reduce(out), None
 
 
 class VocabEmbedding(Embedding):

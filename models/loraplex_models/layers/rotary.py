@@ -30,7 +30,7 @@ class Rotary:
         self._dynamic: _DynamicBase | None = None
         self._attention_scaling = 1.0
         if rope.kind == "dynamic":
-            self._dynamic = _DynamicBase(rope, head_dim, max_positions)
+            self._dynamic = _DynamicBase(rope, head_dim, max_positions, device)
             frequencies = _plain_frequencies(rope.theta, head_dim)
         else:
             frequencies, self._attention_scaling = _SCALINGS[rope.kind](rope, head_dim, max_positions)
@@ -56,19 +56,19 @@ class _DynamicBase:
     cut into chunks and whatever else was in the batch.
     """
 
-    def __init__(self, rope: RopeConfig, head_dim: int, max_positions: int) -> None:
+    def __init__(self, rope: RopeConfig, head_dim: int, max_positions: int, device: torch.device) -> None:
         self._theta = rope.theta
         self._factor = _number(rope, "factor")
         self._max_positions = max_positions
         self._exponent = head_dim / (head_dim - 2)
-        self._powers = _powers(head_dim)
+        self._powers = _powers(head_dim).to(device)
 
     def frequencies(self, positions: Tensor) -> Tensor:
         """Return [T, head_dim / 2]."""
         lengths = (positions + 1).clamp_(min=self._max_positions).double()
         stretch = self._factor * lengths / self._max_positions - (self._factor - 1)
         base = (self._theta * stretch**self._exponent).float()
-        return 1.0 / base.unsqueeze(1) ** self._powers.to(positions.device)
+        return 1.0 / base.unsqueeze(1) ** self._powers
 
 
 def _powers(head_dim: int) -> Tensor:

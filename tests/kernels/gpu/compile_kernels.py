@@ -4,6 +4,7 @@ A stand-in takes the driver's place; operations are called with tensors of the C
 """
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from loraplex_kernels.grouped_linear import pack_groups, stack_groups
 from loraplex_kernels.kv_cache import HeadNorms
 from loraplex_kernels.lora_pages import RankPages, RowDelta, make_tiles
 from loraplex_kernels.moe_tiles import ExpertTiles
+from loraplex_kernels.norm import Norm
 from loraplex_kernels.row_state import Chosen, RowState, Tops
 from loraplex_kernels.sampling_inputs import Bans, Biases, Cuts, Draws, Masks, Penalties
 
@@ -79,6 +81,8 @@ def call_all(dtype: torch.dtype) -> None:
     norms = HeadNorms(numbers(4096), numbers(1024), 1e-5)
     kv_cache.rotate_and_store(qkv, angles, angles, cache, cells, 32, 128, delta, norms)
     kv_cache.rotate_and_store(qkv, angles, angles, cache, cells, 32, 128)
+    together = replace(norms, squares=norm.head_squares(qkv, (4096, 1024), delta), widths=(4096, 1024))
+    kv_cache.rotate_and_store(qkv, angles, angles, cache, cells, 32, 128, delta, together, are_neighbours=True)
     table, lengths = torch.zeros(8, 16, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
     for window, cap in ((1 << 30, None), (100, 50.0)):
         attention.decode_attention(qkv[:, :4096], cache, table, lengths[:8], 16, 8, 0.1, window, cap)
@@ -88,9 +92,13 @@ def call_all(dtype: torch.dtype) -> None:
     activation.silu_and_mul(numbers(8, 2 * inner), RowDelta(numbers(8, 2 * inner), tables.linear(1), tiles))
     activation.gelu_tanh_and_mul(numbers(8, 2 * inner))
     activation.gelu_and_mul(numbers(8, 2 * inner))
+    activation.gelu(numbers(8, inner))
     norm.rms_norm(x, x[0], 1e-5)
     norm.rms_norm_groups(qkv[:, :4096], x[0], 128, 1e-5)
-    norm.add_rms_norm(x, x, x[0], 1e-5, RowDelta(x, pages, tiles), x[0])
+    scaled, centred = Norm(x[0], 1e-5), Norm(x[0], 1e-5, x[0], is_centred=True)
+    norm.add_norm(x, x, scaled, RowDelta(x, pages, tiles), scaled)
+    norm.add_norm(x, x, centred, share=0.5)
+    norm.add_norm(x, x, None)
     choice.most_likely(numbers(8, 128256))
     sample(numbers(8, 128256))
     for bits, rows in ((2, (1,)), (4, (1, 32, 128))):

@@ -92,7 +92,7 @@ def token_ids(outputs: Outputs) -> dict[str, list[int]]:
     return {name: [token for output in said for token in output.token_ids] for name, said in outputs.items()}
 
 
-@pytest.fixture(scope="module", params=["Llama", "Mixtral", "GPTQ"])
+@pytest.fixture(scope="module", params=["Llama", "Mixtral", "OLMo 2", "GPTQ"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     """A model and adapters of ranks that no number of ranks divides."""
     folder = tmp_path_factory.mktemp("world")
