@@ -1,6 +1,7 @@
 """Whole models through Triton's interpreter: every family's logits equal those of the CPU's kernels."""
 
 import copy
+import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +10,21 @@ from typing import Any
 import pytest
 import torch
 from paged_model import PagedModel
+from ranks import run_ranks
 from slow_dequantization import FIXTURES
 from tiny_families import FAMILIES, make_family_adapter, make_tiny
 from tiny_models import make_peft_adapter, make_tiny_llama
+from triton.runtime.interpreter import GridExecutor
 from triton_interpreter import needs_interpreter
 
 from loraplex_kernels import dispatch
+from loraplex_models.adapters.cut import cut_adapter
 from loraplex_models.adapters.manifest import check_adapter
-from loraplex_models.adapters.paged_slots import PagedAdapterSlots
+from loraplex_models.adapters.paged_slots import PagedAdapterSlots, make_slots
 from loraplex_models.adapters.slots import AdapterSlots
 from loraplex_models.adapters.weights import load_adapter_weights
+from loraplex_models.config import read_config
+from loraplex_models.cuts import RankPart
 from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
 from loraplex_quant.gpu_groups import GroupedOnGpu
@@ -75,6 +81,44 @@ def test_a_family_gives_the_same_logits_by_triton_and_by_the_cpu(
     for prompt in PROMPTS:
         assert (found[0][prompt] - found[1][prompt]).abs().max() < 1e-3, prompt
     assert (found[0]["first"] - found[0]["base"][:1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["OLMo 2", "Mixtral"])
+def test_two_ranks_give_the_logits_of_one_by_triton(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OLMo 2 is the one family whose ranks also exchange sums of squares; Mixtral's experts are cut."""
+    family = FAMILIES[name]
+    reference = make_tiny(family, tmp_path / "model", num_hidden_layers=1)
+    adapters = [make_family_adapter(tmp_path / f"r{rank}", reference, family, rank) for rank in (5, 17)]
+    config = read_config(tmp_path / "model")
+    one_at_a_time(monkeypatch)
+
+    def logits(group: ParallelGroup) -> dict[str, torch.Tensor]:
+        model = load_model(tmp_path / "model", dtype=torch.float32, device=torch.device("cpu"), group=group)
+        assert not (model.can_be_captured and group.size > 1), "gloo's sums cannot be captured"
+        slots = make_slots(model, 2, 64)
+        for slot, adapter in enumerate(adapters):
+            manifest = check_adapter(adapter, config, max_rank=64, num_ranks=group.size)
+            weights = load_adapter_weights(adapter, manifest, dtype=torch.float32)
+            slots.set(slot, cut_adapter(weights, RankPart(config, group.rank, group.size)))
+        return run(model, slots)
+
+    alone = logits(ParallelGroup.single())
+    monkeypatch.setattr(dispatch, "INTERPRETS", True)
+    for found in run_ranks(2, tmp_path, logits):
+        for prompt in PROMPTS:
+            assert (found[prompt] - alone[prompt]).abs().max() < 1e-3, prompt
+    assert (alone["first"] - alone["base"][:1]).abs().max() > 0.1
+
+
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the ranks' threads take turns: the interpreter holds one kernel's place in its grid."""
+    run_kernel, turn = GridExecutor.__call__, threading.Lock()
+
+    def run_alone(*arguments: Any, **settings: Any) -> Any:
+        with turn:
+            return run_kernel(*arguments, **settings)
+
+    monkeypatch.setattr(GridExecutor, "__call__", run_alone)
 
 
 FEATURES: dict[str, dict[str, Any]] = {
