@@ -1,8 +1,12 @@
 """Linear layers over whole numbers of 8 and 4 bits, at few rows and at many, against plain torch in float64."""
 
+import numba
 import pytest
 import torch
 
+from loraplex_kernels.cpu.block_sums import half_sums_of, int4_sums_of
+from loraplex_kernels.cpu.few_rows import INT4, BlockedWeight, product
+from loraplex_kernels.cpu.pairs import FloatPairs, HalfPairs, best_pairs, multiplies_halves
 from loraplex_kernels.cpu.small_int import FEW_ROWS
 from loraplex_kernels.reference.small_int import int4_weight
 from loraplex_kernels.small_int import (
@@ -62,6 +66,52 @@ def test_products_with_4_bits(num_rows: int, out_size: int, group_size: int, wit
         check(int4_linear(x, packed, groups), truth)
         return
     check(int4_linear(x, packed, groups, bias, addend), truth + bias.double() + addend.double())
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 8])
+def test_sums_over_4_bits_are_as_exact_as_float32(num_rows: int) -> None:
+    packed = pack_int4(weight := numbers(64, 1024, low=0, high=16, dtype=torch.uint8))
+    groups = torch.stack((random(32, 64) * 0.01, random(32, 64, seed=7)), dim=-1).to(BF16)
+    x = (random(num_rows, 1024, seed=3) + 3).to(BF16)
+    blocked = BlockedWeight(INT4, packed.data_ptr(), 64, 1024, groups.data_ptr(), 32)
+    truth = x.double() @ int4_weight(weight, groups).double().T
+    assert (product(x, blocked, is_wide=True).double() - truth).abs().max() < 1e-5 * truth.abs().max()
+
+
+PAIRS = [
+    FloatPairs,
+    pytest.param(HalfPairs, marks=pytest.mark.skipif(not multiplies_halves(), reason="no AVX512-BF16")),
+]
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_a_processor_without_products_of_bfloat16_gets_the_same_sums(pairs: type) -> None:
+    int4_sums, half_sums = int4_sums_of(2, pairs), half_sums_of(2, pairs)
+
+    @numba.njit
+    def run(x, int4_block, groups, input_sums, int4_out, half_block, half_out):  # type: ignore[no-untyped-def]
+        int4_sums(x, 2 * 96, int4_block, 3, 16, groups, 4 * 64, input_sums, int4_out)
+        half_sums(x, 2 * 96, half_block, 48, half_out)
+
+    packed = pack_int4(weight := numbers(64, 96, low=0, high=16, dtype=torch.uint8))
+    groups, x = random(3, 64, 2).to(BF16), random(2, 96, seed=3).to(BF16)
+    whole = random(64, 96, seed=4).to(BF16)
+    # As oneDNN lays it out, on a cache line: [in / 2, 64, 2].
+    room = torch.empty(64 * 96 + 32, dtype=BF16)
+    blocked = room[-room.data_ptr() % 64 // 2 :][: 64 * 96].view(48, 64, 2)
+    blocked.copy_(whole.view(64, 48, 2).transpose(0, 1))
+    input_sums = x.float().view(2, 3, 32).sum(-1)
+    int4_out, half_out = torch.empty(2, 64), torch.empty(2, 64)
+    run(*(t.data_ptr() for t in (x, packed, groups, input_sums, int4_out, blocked, half_out)))
+    for out, truth in ((int4_out, int4_weight(weight, groups)), (half_out, whole)):
+        expected = x.double() @ truth.double().T
+        assert (out.double() - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_the_form_of_sums_follows_the_processor_that_is_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for features, pairs in (("+avx2,+fma", FloatPairs), ("+avx512bf16", HalfPairs)):
+        monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
+        assert best_pairs() is pairs
 
 
 def test_packed_numbers_can_be_had_again() -> None:

@@ -7,43 +7,20 @@ of two inputs in the lower half, with a scale and an offset for each output and 
 The running sums stay in registers, for which the number of rows is fixed: `sums_1`, `sums_2` and so on.
 """
 
-from collections.abc import Mapping
-
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from loraplex_kernels.cpu.emit import LANES, NO_FLOATS, Emit, f32, floats, i32, ints, octets
+from loraplex_kernels.cpu.pairs import best_pairs
 
 BLOCK = 64  # outputs
 _VECTORS = BLOCK // LANES
 _REGISTERS = 16  # that running sums may take: half of what there is
 
 
-class _BFloatType(ir.Type):
-    """bfloat16 as LLVM writes it; llvmlite has no word for it."""
-
-    def _to_string(self):
-        return "bfloat"
-
-    def __eq__(self, other):
-        return isinstance(other, _BFloatType)
-
-    def __hash__(self):
-        return hash(_BFloatType)
-
-
-_halves = ir.VectorType(_BFloatType(), 2 * LANES)
-
-
-def has_half_products(processor_features: Mapping[str, bool]) -> bool:
-    """Whether a processor with these features (of llvmlite) multiplies bfloat16, as `half_sums` needs."""
-    return bool(processor_features.get("avx512bf16"))
-
-
-def _runs(num_rows, sums_a_vector=1):
+def _runs(num_rows):
     """The vectors of a block, so many at a time as the registers hold sums for."""
-    together = max(1, min(_VECTORS, _REGISTERS // (num_rows * sums_a_vector)))
+    together = max(1, min(_VECTORS, _REGISTERS // num_rows))
     return [range(first, first + together) for first in range(0, _VECTORS, together)]
 
 
@@ -53,7 +30,7 @@ def _store(emit, sums, num_rows, vectors, out):
             emit.store(sums[row * len(vectors) + place], emit.address(out, (4 * BLOCK, row), (4 * LANES, vector)))
 
 
-def half_sums_of(num_rows):
+def half_sums_of(num_rows, pairs_of=None):
     """bfloat16: x [rows, in] bfloat16; out [rows, 64] float32."""
 
     @intrinsic
@@ -61,7 +38,7 @@ def half_sums_of(num_rows):
         def generate(context, builder, signature, arguments):
             emit = Emit(builder)
             for vectors in _runs(num_rows):
-                _emit_half_sums(emit, num_rows, vectors, *arguments)
+                _emit_half_sums(emit, (pairs_of or best_pairs())(emit), num_rows, vectors, *arguments)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 5), generate
@@ -69,23 +46,26 @@ def half_sums_of(num_rows):
     return sums
 
 
-def _emit_half_sums(emit, num_rows, vectors, x, row_bytes, block, num_pairs, out):
-    builder = emit.builder
+def _input_pairs(emit, pairs, num_rows, x, row_bytes, place):
+    """Two neighbouring inputs of each row, in all lanes."""
+    return [
+        pairs.of_halves(emit.spread(emit.load(i32, emit.address(x, (row_bytes, row), (place, 4)), align=2), ints))
+        for row in range(num_rows)
+    ]
 
+
+def _emit_half_sums(emit, pairs, num_rows, vectors, x, row_bytes, block, num_pairs, out):
     def add_pair(pair, sums):
-        inputs = []
-        for row in range(num_rows):
-            both = emit.load(i32, emit.address(x, (row_bytes, row), (pair, 4)), align=2)
-            inputs.append(builder.bitcast(emit.spread(both, ints), _halves))
+        inputs = _input_pairs(emit, pairs, num_rows, x, row_bytes, pair)
         weights = emit.address(block, (pair, 4 * BLOCK))
         totals = list(sums)
         for place, vector in enumerate(vectors):
             address = emit.address(weights, (4 * LANES, vector))
             emit.fetch_ahead(address)
-            weight = builder.bitcast(emit.load(ints, address, align=64), _halves)
+            weight = pairs.of_halves(emit.load(ints, address, align=64))
             for row in range(num_rows):
                 which = row * len(vectors) + place
-                totals[which] = emit.call("llvm.x86.avx512bf16.dpbf16ps.512", floats, sums[which], weight, inputs[row])
+                totals[which] = pairs.add(sums[which], weight, inputs[row])
         return totals
 
     _store(emit, emit.loop(num_pairs, [NO_FLOATS] * num_rows * len(vectors), add_pair), num_rows, vectors, out)
@@ -140,63 +120,62 @@ def _inputs(emit, num_rows, x, row_bytes, place):
     ]
 
 
-def int4_sums_of(num_rows):
-    """4 bits: x [rows, in] float32; groups: of the block's first output in [in / group, out, 2] bfloat16."""
+def int4_sums_of(num_rows, pairs_of=None):
+    """4 bits: x [rows, in] bfloat16; input_sums [rows, groups] float32: of each group's inputs.
+
+    groups: of the block's first output in [in / group, out, 2] bfloat16.
+    """
 
     @intrinsic
-    def sums(typing_context, x, row_bytes, block, num_groups, group_pairs, groups, group_bytes, out):
+    def sums(
+        typing_context, x, row_bytes, block, num_groups, group_pairs, groups, group_bytes, input_sums, out
+    ):  # fmt: skip
         def generate(context, builder, signature, arguments):
             emit = Emit(builder)
-            for vectors in _runs(num_rows, sums_a_vector=2):
-                _emit_int4_sums(emit, num_rows, vectors, *arguments)
+            for vectors in _runs(num_rows):
+                _emit_int4_sums(emit, (pairs_of or best_pairs())(emit), num_rows, vectors, *arguments)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), generate
+        return types.void(*[types.int64] * 9), generate
 
     return sums
 
 
-def _emit_int4_sums(emit, num_rows, vectors, x, row_bytes, block, num_groups, group_pairs, groups, group_bytes, out):
+def _emit_int4_sums(
+    emit, pairs, num_rows, vectors, x, row_bytes, block, num_groups, group_pairs, groups, group_bytes, input_sums, out
+):  # fmt: skip
     builder = emit.builder
     num_sums = num_rows * len(vectors)
 
     def add_pair(pair, sums):
-        # Sums of numbers times inputs, and behind them each row's sum of inputs.
-        first_input = builder.mul(pair, emit.word(2))
-        first = _inputs(emit, num_rows, x, row_bytes, first_input)
-        second = _inputs(emit, num_rows, x, row_bytes, builder.add(first_input, emit.word(1)))
+        inputs = _input_pairs(emit, pairs, num_rows, x, row_bytes, pair)
         weights = emit.address(block, (pair, BLOCK))
         emit.fetch_ahead(weights)
         totals = list(sums)
         for at, vector in enumerate(vectors):
-            both = builder.zext(emit.load(octets, emit.address(weights, (LANES, vector)), align=16), ints)
-            lower = builder.sitofp(builder.and_(both, emit.every(15)), floats)
-            upper = builder.sitofp(builder.lshr(both, emit.every(4)), floats)
+            numbers = emit.load(octets, emit.address(weights, (LANES, vector)), align=16)
+            weight = pairs.of_int4(builder.zext(numbers, ints))
             for row in range(num_rows):
                 which = row * len(vectors) + at
-                total = emit.multiply_add(lower, first[row], sums[which])
-                totals[which] = emit.multiply_add(upper, second[row], total)
-        for row in range(num_rows):
-            totals[num_sums + row] = builder.fadd(sums[num_sums + row], builder.fadd(first[row], second[row]))
+                totals[which] = pairs.add(sums[which], weight, inputs[row])
         return totals
 
     def add_group(group, totals):
         first_pair = builder.mul(group, group_pairs)
         sums = emit.loop(
-            group_pairs,
-            [NO_FLOATS] * (num_sums + num_rows),
-            lambda pair, sums: add_pair(builder.add(first_pair, pair), sums),
+            group_pairs, [NO_FLOATS] * num_sums, lambda pair, sums: add_pair(builder.add(first_pair, pair), sums)
         )
+        sum_bytes = builder.mul(num_groups, emit.word(4))
         following = list(totals)
-        for at, vector in enumerate(vectors):
-            pairs = emit.load(ints, emit.address(groups, (group, group_bytes), (4 * LANES, vector)), align=4)
-            scale, offset = emit.first_and_second(pairs)
-            # weight = (number - 8) * scale + offset
-            offset = emit.multiply_add(scale, ir.Constant(floats, [-8.0] * LANES), offset)
-            for row in range(num_rows):
+        for row in range(num_rows):
+            sum_address = emit.address(input_sums, (sum_bytes, row), (group, 4))
+            input_sum = emit.spread(emit.load(f32, sum_address, align=4), floats)
+            for at, vector in enumerate(vectors):
+                pair = emit.load(ints, emit.address(groups, (group, group_bytes), (4 * LANES, vector)), align=4)
+                scale, offset = emit.first_and_second(pair)
                 which = row * len(vectors) + at
                 total = emit.multiply_add(sums[which], scale, totals[which])
-                following[which] = emit.multiply_add(sums[num_sums + row], offset, total)
+                following[which] = emit.multiply_add(input_sum, offset, total)
         return following
 
     _store(emit, emit.loop(num_groups, [NO_FLOATS] * num_sums, add_group), num_rows, vectors, out)

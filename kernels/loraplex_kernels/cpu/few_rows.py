@@ -70,16 +70,28 @@ def _int8_sums(together, x, in_size, block, scales, out):
 
 
 @inline
-def _int4_sums(together, x, in_size, block, group_size, groups, out_size, out):
+def _int4_sums(together, x, in_size, block, group_size, groups, out_size, input_sums, out):
     num_groups, pairs, group_bytes = in_size // group_size, group_size // 2, 4 * out_size
     if together == 8:
-        _int4_8(x, 4 * in_size, block, num_groups, pairs, groups, group_bytes, out)
+        _int4_8(x, 2 * in_size, block, num_groups, pairs, groups, group_bytes, input_sums, out)
     elif together == 4:
-        _int4_4(x, 4 * in_size, block, num_groups, pairs, groups, group_bytes, out)
+        _int4_4(x, 2 * in_size, block, num_groups, pairs, groups, group_bytes, input_sums, out)
     elif together == 2:
-        _int4_2(x, 4 * in_size, block, num_groups, pairs, groups, group_bytes, out)
+        _int4_2(x, 2 * in_size, block, num_groups, pairs, groups, group_bytes, input_sums, out)
     else:
-        _int4_1(x, 4 * in_size, block, num_groups, pairs, groups, group_bytes, out)
+        _int4_1(x, 2 * in_size, block, num_groups, pairs, groups, group_bytes, input_sums, out)
+
+
+@jit
+def _sum_groups(x, num_rows, num_groups, group_size, sums):
+    """The sum of each row's inputs in each group."""
+    inputs, totals = halves(x, (num_rows, num_groups, group_size)), floats(sums, (num_rows, num_groups))
+    for row in range(num_rows):
+        for group in range(num_groups):
+            total = np.float32(0)
+            for i in range(group_size):
+                total += load(inputs[row, group, i])
+            totals[row, group] = total
 
 
 @jit
@@ -133,7 +145,7 @@ def _product_chunk(numbers, chunk):
     x, weight, bias, addend, out = arguments[0], arguments[1], arguments[2], arguments[3], arguments[4]
     num_rows, in_size, out_size = arguments[5], arguments[6], arguments[7]
     chunk_size, num_blocks, num_chunks = arguments[8], arguments[9], arguments[10]
-    kind, wide_x, scales, group_size = arguments[11], arguments[12], arguments[13], arguments[14]
+    kind, beside_x, scales, group_size = arguments[11], arguments[12], arguments[13], arguments[14]
     first_word, num_parts, num_segments, max_rank = arguments[15], arguments[16], arguments[17], arguments[18]
     table = longs(arguments[19], (arguments[20], num_parts, 3))
     starts, slots = ints(arguments[21], num_segments + 1), ints(arguments[22], num_segments)
@@ -155,15 +167,12 @@ def _product_chunk(numbers, chunk):
                 rows, weights = x + 2 * first_row * in_size, weight + 2 * column * in_size
                 _half_sums(together, rows, in_size, weights, sums.ctypes.data)
             elif kind == INT8:
-                rows, weights = wide_x + 4 * first_row * in_size, weight + column * in_size
+                rows, weights = beside_x + 4 * first_row * in_size, weight + column * in_size
                 _int8_sums(together, rows, in_size, weights, scales + 4 * column, sums.ctypes.data)
             else:
-                rows, weights, groups = (
-                    wide_x + 4 * first_row * in_size,
-                    weight + column * in_size // 2,
-                    scales + 4 * column,
-                )
-                _int4_sums(together, rows, in_size, weights, group_size, groups, out_size, sums.ctypes.data)
+                rows, weights = x + 2 * first_row * in_size, weight + column * in_size // 2
+                groups, input_sums = scales + 4 * column, beside_x + 4 * first_row * (in_size // group_size)
+                _int4_sums(together, rows, in_size, weights, group_size, groups, out_size, input_sums, sums.ctypes.data)
             if num_segments > 0:
                 wait_for_zero(first_word)
             for row in range(together):
@@ -208,8 +217,8 @@ def product(
     """
     x = x.contiguous()
     addend = None if addend is None else addend.contiguous()
-    wide_x = None if weight.kind == HALF else x.float()
     num_rows, out_size = len(x), weight.out_size
+    beside_x = _beside(x, weight)
     out = x.new_empty(num_rows, out_size, dtype=torch.float32 if is_wide else x.dtype)
     num_blocks = out_size // BLOCK
     chunk_size = max(num_blocks // _CHUNKS, 1)
@@ -229,7 +238,19 @@ def product(
         _LAYOUT, num_chunks + num_tasks, _product_chunk.address, x.data_ptr(), weight.address,
         0 if bias is None else bias.data_ptr(), 0 if addend is None else addend.data_ptr(), out.data_ptr(),
         num_rows, weight.in_size, out_size, chunk_size, num_blocks, num_chunks, weight.kind,
-        0 if wide_x is None else wide_x.data_ptr(), weight.scales, weight.group_size, team.first_word, *adapters,
+        0 if beside_x is None else beside_x.data_ptr(), weight.scales, weight.group_size, team.first_word, *adapters,
         is_wide, num_first=num_tasks,
     )  # fmt: skip
     return out
+
+
+def _beside(x: Tensor, weight: BlockedWeight) -> Tensor | None:
+    """What a kind of weight needs of x beside x itself: 8 bits its float32 numbers, 4 bits the sums of its groups."""
+    if weight.kind == HALF:
+        return None
+    if weight.kind == INT8:
+        return x.float()
+    num_groups = weight.in_size // weight.group_size
+    sums = torch.empty(len(x), num_groups)
+    _sum_groups(x.data_ptr(), len(x), num_groups, weight.group_size, sums.data_ptr())
+    return sums

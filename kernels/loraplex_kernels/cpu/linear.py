@@ -3,12 +3,12 @@
 import ctypes
 from dataclasses import dataclass
 
-import llvmlite.binding
 import torch
 from torch import Tensor
 
-from loraplex_kernels.cpu.block_sums import BLOCK, has_half_products
+from loraplex_kernels.cpu.block_sums import BLOCK
 from loraplex_kernels.cpu.few_rows import HALF, BlockedWeight
+from loraplex_kernels.cpu.pairs import multiplies_halves
 
 # How many rows to expect; measured to make no difference to the layout chosen between 1 and 64.
 TYPICAL_ROWS = 8
@@ -45,7 +45,7 @@ def is_packable(dtype: torch.dtype) -> bool:
 def _blocks(packed: Tensor, weight: Tensor) -> BlockedWeight | None:
     """The packed weight for `few_rows`, if oneDNN, which chooses its layout by processor, laid it out so."""
     out_size, in_size = weight.shape
-    is_served = weight.dtype is torch.bfloat16 and has_half_products(llvmlite.binding.get_host_cpu_features())
+    is_served = weight.dtype is torch.bfloat16 and multiplies_halves()
     if not is_served or out_size % BLOCK or in_size % 2 or torch.ops.mkldnn._nbytes(packed) != weight.nbytes:
         return None
     address: int = torch.ops.mkldnn.data_ptr(packed)
