@@ -28,6 +28,7 @@ RUN useradd --create-home --uid 1000 loraplex && install --directory --owner lor
 ENV PATH=/opt/loraplex/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/data \
+    XDG_CACHE_HOME=/data/cache \
     PORT=80
 # A user who is not root may listen on 80: Docker (since 20.10) and containerd 2 set net.ipv4.ip_unprivileged_port_start
 # to 0 inside the container. Where that is not so, the start says that the port is not permitted: choose PORT=8080.

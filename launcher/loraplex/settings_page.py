@@ -30,7 +30,7 @@ VARIABLES = (
     ("`VLLM_ALLOW_RUNTIME_LORA_UPDATING`", "1: the same as `--allow-runtime-adapters`"),
     ("`LORAX_USE_GLOBAL_HF_TOKEN`", "1: the same as `--share-hub-token`"),
     ("`OMP_*`, `GOMP_*`", "OpenMP settings of the engine; what is set stays"),
-    ("`XDG_CACHE_HOME`", "where the demo keeps its model (`~/.cache`)"),
+    ("`XDG_CACHE_HOME`", "where the demo keeps its model, and adapters lie without `--adapter-cache` (`~/.cache`)"),
 )
 
 

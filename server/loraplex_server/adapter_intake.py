@@ -28,7 +28,7 @@ from loraplex_models.sources import (
     SourceUnavailable,
 )
 from loraplex_server.adapter_location import AdapterLocation
-from loraplex_server.adapter_origin import AdapterOrigin
+from loraplex_server.adapter_origin import UPLOAD, AdapterOrigin
 from loraplex_server.adapter_spec import adapter_spec
 from loraplex_server.adapter_store import MIB, AdapterStore, store_key
 from loraplex_server.config import ServeConfig
@@ -43,8 +43,6 @@ from loraplex_server.source_errors import adapter_error
 logger = logging.getLogger("loraplex.api")
 
 PROGRESS_INTERVAL_S = 5.0
-# The source of what was uploaded.
-UPLOAD = "upload"
 # How the store's folders of uploads begin, which can be had from nowhere else.
 UPLOAD_PREFIX = "upload-"
 
@@ -135,7 +133,7 @@ class AdapterIntake:
         with self.disk_errors(name):
             # A folder of its own, also for content that is there already, so that nobody else deletes it.
             key = UPLOAD_PREFIX + store_key(spec.digest, secrets.token_hex(8))
-            folder = self._store.keep(staging, key, is_durable=self._config.adapter_state is not None)
+            folder = self._store.keep(staging, key)
         return msgspec.structs.replace(spec, path=str(folder))
 
     def drop_upload(self, staging: Path) -> None:
@@ -183,13 +181,20 @@ class AdapterIntake:
     def _from_before(self, name: str, origin: AdapterOrigin, deadline: float) -> BroughtAdapter:
         location = origin.location
         folder = self._store.find(origin.store_key) if origin.store_key is not None else None
+        brought = None
         if folder is not None:
-            source = UPLOAD if location is None else location.source
-            brought = BroughtAdapter(self.check(name, folder, source, origin.revision, deadline))
-        elif location is None:
-            raise SourceNotFound("its files are gone from this server's disk: upload it again")
-        else:
+            try:
+                brought = BroughtAdapter(self.check(name, folder, origin.source, origin.revision, deadline))
+            except AdapterRefused as error:
+                if location is None or error.error_type != "adapter_invalid":
+                    raise
+        if location is not None and (brought is None or brought.spec.digest != origin.digest):
+            if folder is not None:
+                logger.warning("adapter '%s': its files in %s are damaged and are fetched again", name, folder)
+                self._store.remove(folder.name)
             brought = self.bring(name, replace(location, revision=origin.revision or location.revision), None, deadline)
+        if brought is None:
+            raise SourceNotFound("its files are gone from this server's disk: upload it again")
         if origin.digest not in (None, brought.spec.digest):
             raise AdapterRefused(
                 f"adapter '{name}': its files are not those that it was registered with, they have the digest "

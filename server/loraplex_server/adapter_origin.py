@@ -5,6 +5,9 @@ import msgspec
 from loraplex_server.adapter_location import AdapterLocation
 from loraplex_server.wanted_merge import WantedMerge
 
+# The source of what was uploaded.
+UPLOAD = "upload"
+
 
 class AdapterOrigin(msgspec.Struct, frozen=True, kw_only=True, tag="adapter"):
     """One adapter. It holds no token: what needed one is asked for again with the server's own."""
@@ -13,6 +16,11 @@ class AdapterOrigin(msgspec.Struct, frozen=True, kw_only=True, tag="adapter"):
     digest: str | None = None  # None: nobody has looked at it yet, and whatever is there will do
     revision: str | None = None  # the hub's commit
     store_key: str | None = None  # its folder in the store; None where others must ask the source again
+
+    @property
+    def source(self) -> str:
+        """The source's name."""
+        return UPLOAD if self.location is None else self.location.source
 
 
 class MergeOrigin(msgspec.Struct, frozen=True, kw_only=True, tag="merge"):

@@ -52,7 +52,9 @@ def sync(path: Path) -> None:
 class AdapterStore:
     """Complete folders by key. Every method may be called from any thread; none is for the event loop."""
 
-    def __init__(self, root: Path, budget_bytes: int):
+    def __init__(self, root: Path, budget_bytes: int, *, is_durable: bool = False):
+        """With `is_durable` a folder that is complete survives a crash of the machine."""
+        self._is_durable = is_durable
         self._complete, self._staging, self.parts = root / "complete", root / "staging", root / "parts"
         self._budget_bytes = budget_bytes
         self._numbers = itertools.count()
@@ -109,12 +111,9 @@ class AdapterStore:
         """Delete a staging folder; nothing happens if it was kept."""
         shutil.rmtree(folder, ignore_errors=True)
 
-    def keep(self, staging: Path, key: str, *, is_durable: bool = False) -> Path:
-        """Move a staging folder to its place; where the same is there already, that one stays.
-
-        With `is_durable` it survives a crash of the machine once this returns.
-        """
-        if is_durable:
+    def keep(self, staging: Path, key: str) -> Path:
+        """Move a staging folder to its place; where the same is there already, that one stays."""
+        if self._is_durable:
             for file in staging.iterdir():
                 sync(file)
             sync(staging)
@@ -126,7 +125,7 @@ class AdapterStore:
             if not folder.is_dir():
                 raise
         os.utime(folder)
-        if is_durable:
+        if self._is_durable:
             sync(self._complete)
         return folder
 

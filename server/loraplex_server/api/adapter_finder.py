@@ -17,9 +17,9 @@ from loraplex_models.sources import adapter_id_problem, read_adapter_list
 from loraplex_server.adapter_changes import AdapterChanges
 from loraplex_server.adapter_contents import AdapterContents, AdapterMessage
 from loraplex_server.adapter_fetcher import AdapterFetcher
-from loraplex_server.adapter_intake import UPLOAD, UPLOAD_PREFIX, AdapterIntake
+from loraplex_server.adapter_intake import UPLOAD_PREFIX, AdapterIntake
 from loraplex_server.adapter_location import AdapterLocation, Source, from_item, parse_location, parse_source, trusted
-from loraplex_server.adapter_origin import AdapterOrigin, MergeOrigin
+from loraplex_server.adapter_origin import UPLOAD, AdapterOrigin, MergeOrigin
 from loraplex_server.adapter_registry import (
     FIRST_VERSION,
     AdapterEntry,
@@ -363,7 +363,9 @@ def build_finder(config: ServeConfig, tell: Callable[[AdapterMessage], None]) ->
     for item in read_adapter_list(sources.adapter_list) if sources.adapter_list else ():
         registry.add(item.adapter_id, AdapterVersion(FIRST_VERSION, from_item(item)))
     names_of_start = frozenset(entry.name for entry in registry.entries())
-    store = AdapterStore(Path(sources.adapter_cache), sources.adapter_cache_mb * MIB)
+    store = AdapterStore(
+        Path(sources.adapter_cache), sources.adapter_cache_mb * MIB, is_durable=sources.adapter_state is not None
+    )
 
     async def let_go(key: str) -> bool:
         return finder.let_go(key)

@@ -125,6 +125,9 @@ def test_what_the_hub_had_then_is_served_although_it_has_moved_on_or_is_gone(wor
         assert answer.status_code == 404 and "legal" in answer.json()["error"]
 
     serve(world, first)
+    [file] = (world.folder / "state").glob("complete/*/adapter_model.safetensors")
+    damaged(file)
+    serve(world, again)  # by fetching it again
     del world.hub.repositories["acme/legal"]
     serve(world, again)
     for folder in (world.folder / "state" / "complete").iterdir():
