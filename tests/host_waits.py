@@ -1,4 +1,7 @@
-"""Finds, without a GPU, code that would make the host wait for one: what a launch may do is listed, all else raises."""
+"""Finds code that makes the host wait for a GPU, even where there is none.
+
+Without one, what a launch may do is listed, and all else raises; on one, torch raises where it waits.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
+from triton_interpreter import IS_INTERPRETED
 
 # Launches on the current stream, and views. Not among them: copies from the device, `nonzero`, indexing by masks or by
 # lists (they travel in a copy that is waited for), reductions that are read.
@@ -39,9 +43,16 @@ class Watch:
 
     @contextlib.contextmanager
     def launches_only(self) -> Iterator[None]:
-        """Raise HostWait at whatever would wait for a GPU."""
-        with self._switched(True), _OnlyLaunches():
+        """Raise at whatever waits, or would wait, for a GPU."""
+        if IS_INTERPRETED:
+            with self._switched(True), _OnlyLaunches():
+                yield
+            return
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

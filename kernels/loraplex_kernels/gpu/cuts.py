@@ -30,7 +30,8 @@ def border_of(scores, size, wanted, floor, logsum, entropy, KIND: tl.constexpr, 
     digit = tl.arange(0, 16)
     for turn in tl.static_range(8):
         candidates = border + (digit.to(tl.uint32) << (28 - 4 * turn))
-        found = tl.zeros((16,), tl.float32)
+        # Summed over the columns of a block but once a turn: threads need not meet in the loop.
+        parts = tl.zeros((BLOCK, 16), tl.float32)
         for start in range(0, size, BLOCK):
             column = start + tl.arange(0, BLOCK)
             numbers = tl.load(scores + column, mask=column < size, other=float("-inf")).to(tl.float32)
@@ -39,7 +40,8 @@ def border_of(scores, size, wanted, floor, logsum, entropy, KIND: tl.constexpr, 
             if KIND == COUNT:
                 weight = (column < size).to(tl.float32)
             weight = tl.where(key >= floor, weight, 0.0)
-            found += tl.sum(tl.where(key[:, None] >= candidates[None, :], weight[:, None], 0.0), 0)
+            parts += tl.where(key[:, None] >= candidates[None, :], weight[:, None], 0.0)
+        found = tl.sum(parts, 0)
         best = tl.max(tl.where(found >= wanted, digit, 0), 0)
         border += best.to(tl.uint32) << (28 - 4 * turn)
     return border

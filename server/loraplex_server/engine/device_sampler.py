@@ -28,7 +28,7 @@ from loraplex_server.engine.sampled_tokens import (
     SampledTokens,
 )
 from loraplex_server.engine.sampler import Sampler
-from loraplex_server.engine.staging import send_arrays
+from loraplex_server.engine.staging import Shape, send_arrays
 from loraplex_server.messages import SamplingParams, TopLogprob
 
 
@@ -83,22 +83,18 @@ class DeviceSampler:
         self._rows.bring()
         batch = self._batch_of(rows, list(range(len(rows))) if lines is None else lines)
         special = batch.special
-        num_special, tops = (0, None) if special is None else (len(special.rows), special.tops)
-        top_shape = (0, 0) if tops is None else (len(tops.counts), max(tops.counts.values()))
-        results = FetchedResults(
-            [
-                ((batch.num_plain,), np.int64), ((batch.num_plain,), np.float32),
-                ((num_special,), np.int64), ((num_special,), np.float32),
-                ((top_shape[0],), np.int32), (top_shape, np.int32), (top_shape, np.float32),
-            ],
-            self._device,
-        )  # fmt: skip
-        plain, chosen = Chosen(*results.tensors[:2]), Chosen(*results.tensors[2:4])
+        shapes: list[Shape] = [((batch.num_plain,), np.int64), ((batch.num_plain,), np.float32)]
+        if special is not None:
+            num_tops = (0, 0) if special.tops is None else (len(special.tops.counts), max(special.tops.counts.values()))
+            shapes += [((len(special.rows),), np.int64), ((len(special.rows),), np.float32)]
+            shapes += [(num_tops[:1], np.int32), (num_tops, np.int32), (num_tops, np.float32)]
+        results = FetchedResults(shapes, self._device)
+        plain, rest = Chosen(*results.tensors[:2]), results.tensors[2:]
         if batch.num_plain:
             choose_rows(logits, batch.plain_lines, batch.plain_rows, self._rows.state, plain)
         problems: dict[int, str] = {}
         if special is not None:
-            problems = self._choose(logits, special, chosen, Tops(*results.tensors[4:]))
+            problems = self._choose(logits, special, Chosen(*rest[:2]), Tops(*rest[2:]))
         results.fetch()
         for row in batch.rows:
             row.num_output += 1
@@ -212,22 +208,22 @@ class _Launched:
     def read(self) -> SampledTokens:
         """Wait for them."""
         batch = self._batch
-        plain_ids, plain_logprobs, ids, logprobs, num_found, top_ids, top_logprobs = self._results.read()
-        token_ids = [*plain_ids.tolist(), *ids.tolist()]
+        ids, logprobs, *rest = self._results.read()
+        token_ids, values = ids.tolist(), logprobs.tolist()
+        if rest:
+            token_ids += rest[0].tolist()
+            values += rest[1].tolist()
         self._sampler.take_in(batch, token_ids)
         num_rows = len(batch.rows)
         sampled = SampledTokens([0] * num_rows, [0.0] * num_rows, [[] for _ in range(num_rows)], self._problems)
-        for position, token_id, logprob in zip(
-            batch.order, token_ids, [*plain_logprobs.tolist(), *logprobs.tolist()], strict=True
-        ):
+        for position, token_id, logprob in zip(batch.order, token_ids, values, strict=True):
             sampled.token_ids[position] = token_id
             sampled.logprobs[position] = logprob
         if batch.special is not None and batch.special.tops is not None:
-            for line, place in enumerate(batch.special.tops.counts):
+            for place, *found in zip(batch.special.tops.counts, *rest[2:], strict=True):
                 position = batch.num_plain + place
                 if token_ids[position] >= 0:
-                    found = _sorted_tops(top_ids[line], top_logprobs[line], num_found[line])
-                    sampled.top_logprobs[batch.order[position]] = found
+                    sampled.top_logprobs[batch.order[position]] = _sorted_tops(*found)
         return sampled
 
 
@@ -240,14 +236,12 @@ class _LaunchedPrompt:
 
     def read(self) -> PromptLogprobs:
         """Wait for them."""
-        logprobs, _logsums, num_found, top_ids, top_logprobs = self._results.read()
-        if not self._num_top:
-            return PromptLogprobs(logprobs.tolist(), [])
-        return PromptLogprobs(logprobs.tolist(), [*map(_sorted_tops, top_ids, top_logprobs, num_found)])
+        logprobs, _logsums, *tops = self._results.read()
+        return PromptLogprobs(logprobs.tolist(), [*map(_sorted_tops, *tops)] if self._num_top else [])
 
 
 def _sorted_tops(
-    token_ids: NDArray[np.generic], logprobs: NDArray[np.generic], num_found: np.generic
+    num_found: np.generic, token_ids: NDArray[np.generic], logprobs: NDArray[np.generic]
 ) -> list[TopLogprob]:
     """The best first, the lower id first where several are equal."""
     pairs = zip(token_ids[: int(num_found)].tolist(), logprobs[: int(num_found)].tolist(), strict=True)
@@ -273,3 +267,13 @@ def make_sampler(
         watermark_delta=watermark_delta,
         guided_rows=guided_rows,
     )
+
+
+def sampling_warm_ups() -> list[SamplingParams]:
+    """Requests that together call every kernel of the sampler in each form that a step may need."""
+    everything = SamplingParams(
+        max_new_tokens=2, do_sample=True, top_k=1, top_p=0.5, min_p=0.1, typical_p=0.5, repetition_penalty=1.1,
+        logit_bias={0: 1.0}, watermark=True, allowed_token_ids=(0, 1), bad_words=((0, 0),), num_logprobs=1,
+        prompt_logprobs=True, num_prompt_logprobs=1,
+    )  # fmt: skip
+    return [SamplingParams(max_new_tokens=2, do_sample=True), everything]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from loraplex_kernels.dispatch import has_gpu_forms
 from loraplex_kernels.warm_up import warm_up
 from loraplex_models.adapters.cut import cut_adapter
 from loraplex_models.adapters.finish import check_against_base
@@ -25,7 +26,7 @@ from loraplex_server.config import EngineConfig, ServeConfig
 from loraplex_server.control import ControlLine
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.device import DeviceError, rank_device, resolve_device
-from loraplex_server.engine.device_sampler import make_sampler
+from loraplex_server.engine.device_sampler import make_sampler, sampling_warm_ups
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.executor import LocalExecutor
 from loraplex_server.engine.guided import GrammarLibrary, GuidedRows
@@ -235,10 +236,13 @@ def _load(config: ServeConfig, heartbeat: Heartbeat, rank: int) -> CausalLM:
 def _warm_up(engine: Engine, model: CausalLM) -> None:
     """Compile and lay out what the first request would otherwise wait for; a first compilation may take long."""
     warm_up(model.dtype, model.device, has_experts=model.config.experts is not None)
-    request = GenerateRequest(request_id="", prompt_token_ids=[0], sampling=SamplingParams(max_new_tokens=2))
-    engine.add(request)
-    while engine.has_work:
-        engine.step()
+    samplings = [SamplingParams(max_new_tokens=2)]
+    if has_gpu_forms(model.device):
+        samplings += sampling_warm_ups()
+    for sampling in samplings:
+        engine.add(GenerateRequest(request_id="", prompt_token_ids=[0, 0], sampling=sampling))
+        while engine.has_work:
+            engine.step()
 
 
 def _loop(engine: Engine, link: EngineLink, heartbeat: Heartbeat, stopping: list[int]) -> None:

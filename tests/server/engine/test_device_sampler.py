@@ -1,4 +1,4 @@
-"""The sampler for GPUs through Triton's interpreter: the CPU's tokens, by launches alone, whatever rows there are."""
+"""The sampler for GPUs, compiled or in Triton's interpreter: the CPU's tokens by launches alone, in any batch."""
 
 import random
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import pytest
 import torch
 from host_waits import HostWait, Watch, watch_host_waits
 from numpy.typing import NDArray
-from triton_interpreter import needs_interpreter
+from triton_interpreter import DEVICE, IS_INTERPRETED, needs_interpreter
 
 from loraplex_kernels import dispatch
 from loraplex_server.engine import device_rows, device_sampler, device_sampling
@@ -21,9 +21,6 @@ from loraplex_server.engine.sampled_tokens import NO_TOKEN, PendingTokens, Sampl
 from loraplex_server.engine.sampler import Sampler
 from loraplex_server.messages import SamplingParams
 
-pytestmark = needs_interpreter
-
-CPU = torch.device("cpu")
 VOCAB = 1000  # neither whole words of a mask nor a whole tile of a kernel
 PROMPT = [7, 8, 999, 8, 3, 8, 3]  # the last two are output
 NUM_OUTPUT = 2
@@ -80,7 +77,8 @@ class Parity(GuidedRows):
 
 def make(kind: type[Any], num_rows: int) -> Any:
     guided = Parity()
-    return kind(num_rows, VOCAB, CPU, watermark_gamma=0.5, watermark_delta=2.0, guided_rows=guided)
+    device = DEVICE if kind is DeviceSampler else torch.device("cpu")
+    return kind(num_rows, VOCAB, device, watermark_gamma=0.5, watermark_delta=2.0, guided_rows=guided)
 
 
 def pairwise_mixes() -> list[SamplingParams]:
@@ -113,7 +111,7 @@ FEW = [
 
 @pytest.fixture(autouse=True)
 def interprets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "INTERPRETS", True)
+    monkeypatch.setattr(dispatch, "INTERPRETS", IS_INTERPRETED)
 
 
 @pytest.fixture
@@ -154,8 +152,9 @@ def test_every_pair_of_parameters_gives_the_cpus_tokens_by_launches_alone(watch:
     rows = list(range(len(MIXES)))
     for step in range(2):
         logits = logits_of(len(MIXES), step)
+        there = logits.to(DEVICE)
         with watch.launches_only():
-            pending = ours.launch(logits, rows)
+            pending = ours.launch(there, rows)
         assert_same(pending.read(), truth.sample(logits, rows))
     assert len(MIXES) < 60
 
@@ -174,8 +173,9 @@ def test_steps_that_are_read_late_give_the_same_tokens(watch: Watch, dtype: torc
         rows = choose.sample(range(len(FEW)), choose.randint(2, len(FEW)))
         lines = choose.sample(range(7), len(rows))
         logits = logits_of(7, step, dtype)
+        there = logits.to(DEVICE)
         with watch.launches_only():
-            pending.append(ours.launch(logits, rows, lines))
+            pending.append(ours.launch(there, rows, lines))
         expected.append(truth.sample(logits[lines], rows))
         for row, token_id in zip(rows, expected[-1].token_ids, strict=True):
             written[row].append(token_id)
@@ -188,6 +188,7 @@ def test_steps_that_are_read_late_give_the_same_tokens(watch: Watch, dtype: torc
         assert_same(late.read(), true)
 
 
+@needs_interpreter
 def test_a_batch_of_greedy_rows_is_one_kernel_and_other_rows_cost_only_what_they_ask_for(watch: Watch) -> None:
     plain, cold = SamplingParams(max_new_tokens=9), SamplingParams(max_new_tokens=9, do_sample=True)
     for params, num_kernels in [([plain, plain], 1), ([plain, cold], 4), ([cold], 3), (FEW[:3], 5)]:
@@ -202,12 +203,13 @@ def test_a_token_read_late_does_not_move_the_grammar_of_the_rows_next_sequence()
     guided = msgspec.structs.replace(FEW[0], guide="odd")
     ours, fresh = make(DeviceSampler, 1), make(DeviceSampler, 1)
     ours.add(0, guided, PROMPT)
-    pending = ours.launch(logits_of(1, 0), [0])
+    pending = ours.launch(logits_of(1, 0).to(DEVICE), [0])
     ours.remove(0)
     ours.add(0, guided, PROMPT)
     pending.read()
     fresh.add(0, guided, PROMPT)
-    assert ours.launch(logits_of(1, 1), [0]).read() == fresh.launch(logits_of(1, 1), [0]).read()
+    logits = logits_of(1, 1).to(DEVICE)
+    assert ours.launch(logits, [0]).read() == fresh.launch(logits, [0]).read()
 
 
 @pytest.mark.parametrize("damage", [torch.nan, torch.inf, -torch.inf])
@@ -222,7 +224,7 @@ def test_broken_logits_cost_only_their_own_rows(damage: float) -> None:
         for row in broken:
             logits[row, slice(None) if damage == -torch.inf else 3 + 7 * 100] = damage
         last = ours.last_token_ids.clone()
-        sampled = ours.launch(logits, rows).read()
+        sampled = ours.launch(logits.to(DEVICE), rows).read()
         assert_same(sampled, truth.sample(logits, rows))
         for row, token_id in enumerate(sampled.token_ids):
             if step and token_id == NO_TOKEN:
@@ -237,8 +239,9 @@ def test_prompt_logprobs_are_those_of_the_cpu(watch: Watch, num_top: int) -> Non
     truth.add(0, params, PROMPT)
     logits = logits_of(9, 1)
     logits[4, :600] = 5.0  # ties
+    there = logits.to(DEVICE)
     with watch.launches_only():
-        pending = ours.launch_prompt(logits[1:], [*PROMPT, 0], 0)
+        pending = ours.launch_prompt(there[1:], [*PROMPT, 0], 0)
     found, expected = pending.read(), truth.launch_prompt(logits[1:], [*PROMPT, 0], 0).read()
     assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
     assert [[top.token_id for top in tops] for tops in found.top_logprobs] == [
@@ -249,6 +252,7 @@ def test_prompt_logprobs_are_those_of_the_cpu(watch: Watch, num_top: int) -> Non
 # Planted faults
 
 
+@needs_interpreter
 def test_waits_for_the_device_are_found(watch: Watch) -> None:
     numbers = torch.randn(3)
     for wait in (
@@ -274,7 +278,7 @@ def compare(params: Sequence[SamplingParams]) -> None:
     fill(truth, params)
     for _ in range(3):
         logits = logits_of(len(params), 0)
-        assert_same(ours.launch(logits, rows).read(), truth.sample(logits, rows))
+        assert_same(ours.launch(logits.to(DEVICE), rows).read(), truth.sample(logits, rows))
 
 
 def test_a_missing_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,33 @@
 """The whole engine through Triton's interpreter: the tokens are those of the CPU's engine."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engines import EngineBench
 from tiny_models import make_peft_adapter, make_tiny_llama
+from triton.runtime.interpreter import GridExecutor
 from triton_interpreter import needs_interpreter
 
 from loraplex_kernels import dispatch
-from loraplex_server.engine import forward_pass
+from loraplex_server.engine import forward_pass, process
 from loraplex_server.engine.graphs import run_again
 
-REQUESTS = [
-    ("base", list(range(3, 20)), None),
-    ("one", [5, 6, 7], "narrow"),
-    ("other", list(range(40, 49)), "wide"),
-    ("again", [5, 6, 7, 9], "narrow"),
+REQUESTS: list[tuple[str, list[int], str | None, dict[str, Any]]] = [
+    ("base", list(range(3, 20)), None, {}),
+    (
+        "one",
+        [5, 6, 7],
+        "narrow",
+        {"do_sample": True, "seed": 3, "repetition_penalty": 1.5, "bad_words": ((9, 9), (8,))},
+    ),
+    ("other", list(range(40, 49)), "wide", {"prompt_logprobs": True}),
+    ("again", [5, 6, 7, 9], "narrow", {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "watermark": True}),
 ]
-
+SAMPLING_KERNELS = {
+    "_choose", "_copy_scores", "_add_biases", "_ban_tokens", "_add_to_lists", "_penalise", "_temper", "_cut_scores",
+    "_draw", "_top_tokens", "_given_tokens",
+}  # fmt: skip
 
 pytestmark = needs_interpreter
 
@@ -34,11 +44,11 @@ def bench(tmp_path: Path) -> EngineBench:
 
 def answers(bench: EngineBench, **settings: int | str) -> dict[str, tuple[list[int], list[float]]]:
     bench.start(**settings)
-    for name, prompt, adapter in REQUESTS:
-        bench.add(name, prompt, adapter, max_new_tokens=5, ignore_eos=True)
+    for name, prompt, adapter, sampling in REQUESTS:
+        bench.add(name, prompt, adapter, max_new_tokens=5, ignore_eos=True, **sampling)
     bench.run()
     bench.engine.blocks.check_integrity()
-    found = {name: bench.answer(name) for name, _, _ in REQUESTS}
+    found = {name: bench.answer(name) for name, *_ in REQUESTS}
     bench.engine.close()
     return {name: (answer.token_ids, answer.logprobs) for name, answer in found.items()}
 
@@ -56,3 +66,19 @@ def test_the_engine_gives_the_same_tokens_by_triton_and_by_the_cpu(
     for name, (token_ids, logprobs) in truth.items():
         assert ours[name][0] == token_ids, name
         assert ours[name][1] == pytest.approx(logprobs, abs=1e-3), name
+
+
+def test_the_warm_up_calls_every_kernel_of_the_sampler(bench: EngineBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: set[str] = set()
+    run = GridExecutor.__call__
+
+    def noted(self: GridExecutor, *arguments: Any, **settings: Any) -> None:
+        called.add(self.fn.__name__)
+        run(self, *arguments, **settings)
+
+    monkeypatch.setattr(GridExecutor, "__call__", noted)
+    monkeypatch.setattr(dispatch, "INTERPRETS", True)
+    bench.start()
+    process._warm_up(bench.engine, bench.model)
+    bench.engine.close()
+    assert called >= SAMPLING_KERNELS
