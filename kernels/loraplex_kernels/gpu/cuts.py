@@ -28,7 +28,7 @@ def border_of(scores, size, wanted, floor, logsum, entropy, KIND: tl.constexpr, 
     """The highest key from which on tokens not below `floor` make up `wanted`, in number or probability."""
     border = floor * 0
     digit = tl.arange(0, 16)
-    for turn in tl.static_range(8):
+    for turn in range(8):
         candidates = border + (digit.to(tl.uint32) << (28 - 4 * turn))
         # Summed over the columns of a block but once a turn: threads need not meet in the loop.
         parts = tl.zeros((BLOCK, 16), tl.float32)
