@@ -82,7 +82,9 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = make_tiny(FAMILIES[name], folder / "model")
-        write_adapter(folder / "parameters", model, target_modules=["q_proj"], target_parameters=BOTH)
+        patterns = {"rank_pattern": {BOTH[1]: 2}, "alpha_pattern": {BOTH[0]: 3}}
+        write_adapter(folder / "parameters", model, target_modules=["q_proj"], target_parameters=BOTH, **patterns)
+        write_adapter(folder / "router", model, target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
         write_adapter(folder / "gate-up", model, target_modules=["v_proj"], target_parameters=BOTH[:1], use_rslora=True)
         write_adapter(folder / "down", model, target_modules=[], target_parameters=BOTH[1:], r=3)
         write_adapter(folder / "modules", model, target_modules=["o_proj", *EXPERT_LINEARS[name]])
@@ -189,6 +191,13 @@ def test_pairs_that_fit_no_expert_are_refused(world: tuple[PreTrainedModel, Path
         adapter = damaged(folder / "parameters", tmp_path / str(number), change)
         with pytest.raises(ManifestError, match=message):
             check_adapter(adapter, read_config(folder / "model"), max_rank=64)
+
+
+def test_an_adapter_of_routers_is_refused(world: tuple[PreTrainedModel, Path]) -> None:
+    _, folder = world
+    with pytest.raises(ManifestError, match="routers of experts, which is not served") as caught:
+        check_adapter(folder / "router", read_config(folder / "model"), max_rank=8)
+    assert caught.value.error_type == "adapter_unsupported"
 
 
 def test_a_rank_beyond_the_servers_is_refused(world: tuple[PreTrainedModel, Path]) -> None:

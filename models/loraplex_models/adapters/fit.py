@@ -17,6 +17,7 @@ from loraplex_models.config import ModelConfig
 
 SERVED_DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}  # and the bytes of an element
 # Full matrices of the embeddings, under all their names, and the side of a LoRA pair that is as long as the vocabulary.
+ROUTER = re.compile(r"\.(?:mlp|block_sparse_moe)\.gate\.lora_")
 VOCABULARY_TENSOR = re.compile(
     r"(^|\.)(embed_tokens|lm_head)\."
     r"((modules_to_save\.|original_module\.|base_layer\.)?((?!lora_)[^.]+\.)?weight$|lora_B|lora_embedding_A)"
@@ -191,6 +192,12 @@ class Fit:
                 f"no tensor fits the base model: {seen};"
                 f" expected names like {shown_names(expected[:3], 3)}{self._trained_on}",
                 "adapter_incompatible",
+            )
+        if self._config.experts is not None and any(ROUTER.search(name) for name in found.unmatched):
+            raise ManifestError(
+                "the adapter changes the routers of experts, which is not served: train it without 'gate' in"
+                " target_modules and target_parameters",
+                "adapter_unsupported",
             )
         if found.unmatched:
             raise ManifestError(

@@ -28,7 +28,7 @@ UNSERVED_FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "kasa_config": ((None,), f"KaSA changes the base weights and is not served: {SAVE_WITHOUT}"),
     "arrow_config": ((None,), "Arrow's routing over adapters is not served: serve the adapters one by one"),
     "layer_replication": ((None, []), "repeated base layers are not served: merge the adapter into its base"),
-    "target_parameters": ((None, []), "LoRA on raw parameters is not served: use target_modules"),
+    "target_parameters": ((None, []), "LoRA on raw parameters is served on those of experts only: use target_modules"),
 }
 
 # Fields that `lora_features` reads.
