@@ -1,4 +1,4 @@
-"""Run a supervisor over fake children: `python run_supervisor.py MARKS TIMEOUT RESTARTS NAME=BEHAVIOUR …`."""
+"""Run a supervisor over fake children: `python run_supervisor.py MARKS TIMEOUT GRACE RESTARTS NAME=BEHAVIOUR …`."""
 
 import sys
 from pathlib import Path
@@ -14,8 +14,9 @@ FAKE_CHILD = Path(__file__).with_name("fake_child.py")
 
 
 def main() -> int:
-    marks, timeout, restarts, *children = sys.argv[1:]
+    marks, timeout, grace, restarts, *children = sys.argv[1:]
     log.set_up("launcher")
+    supervisor.STOP_GRACE_S = float(grace)
     supervisor.CAUSE_GRACE_S = 60.0  # children of a busy machine start as late as they like
     specs = []
     for child in children:

@@ -22,13 +22,13 @@ DEADLINE_S = 120  # none of these takes more than a few seconds; this only ends 
 class Run:
     """A supervisor in a process of its own, over fake children that leave marks in a folder."""
 
-    def __init__(self, marks: Path, *children: str, timeout_s: int = 5, restarts: int = 0):
+    def __init__(self, marks: Path, *children: str, timeout_s: int = 5, grace_s: float = 30, restarts: int = 0):
         self.marks = marks
         self.temp = marks / "tmp"
         self.temp.mkdir()
         roots = ["launcher", "server", "models", "quant", "kernels"]
         self.process = subprocess.Popen(
-            [sys.executable, str(RUN_SUPERVISOR), str(marks), str(timeout_s), str(restarts), *children],
+            [sys.executable, str(RUN_SUPERVISOR), str(marks), str(timeout_s), str(grace_s), str(restarts), *children],
             stderr=subprocess.PIPE,
             text=True,
             env={
@@ -81,8 +81,8 @@ def wait_until(is_true: Callable[[], bool], what: str) -> None:
 def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
-    def begin(*children: str, timeout_s: int = 5, restarts: int = 0) -> Run:
-        runs.append(Run(tmp_path, *children, timeout_s=timeout_s, restarts=restarts))
+    def begin(*children: str, **settings: float) -> Run:
+        runs.append(Run(tmp_path, *children, **settings))
         return runs[-1]
 
     yield begin
@@ -126,7 +126,7 @@ def test_a_stop_signal_lets_the_api_drain_and_then_stops_the_engine(start: Calla
 
 
 def test_a_second_signal_does_not_wait_for_the_drain(start: Callable[..., Run]) -> None:
-    run = start("api=never_drain", "engine=work", timeout_s=600)
+    run = start("api=never_drain", "engine=work", timeout_s=600, grace_s=0.1)
     run.wait_for("ready-never_drain")
     run.wait_for("ready-work")
     run.process.send_signal(signal.SIGTERM)
@@ -137,7 +137,7 @@ def test_a_second_signal_does_not_wait_for_the_drain(start: Callable[..., Run]) 
 
 
 def test_requests_that_outlive_the_drain_are_ended(start: Callable[..., Run]) -> None:
-    run = start("api=never_drain", "engine=work", timeout_s=0)
+    run = start("api=never_drain", "engine=work", timeout_s=0, grace_s=0.1)
     run.wait_for("ready-never_drain")
     run.wait_for("ready-work")
     run.process.send_signal(signal.SIGTERM)
