@@ -4,7 +4,9 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from loraplex_kernels.copies import Fence
@@ -43,7 +45,7 @@ class LateCopies:
             for fence in after:
                 self._streams[1].append(fence.query)
             for to, source in pairs:
-                self._streams[1].append(lambda to=to, source=source: to.copy_(source) is to)
+                self._streams[1].append(partial(_copy, to, source))
             return self._record(1)
 
     def mark(self) -> Fence:
@@ -92,3 +94,9 @@ class LateCopies:
 
         self._streams[stream].append(passed)
         return fence
+
+
+def _copy(to: Tensor, source: Tensor) -> bool:
+    with torch.inference_mode():
+        to.copy_(source)
+    return True

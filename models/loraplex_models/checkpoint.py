@@ -1,4 +1,4 @@
-"""The tensors of a safetensors checkpoint, each read once, from memory-mapped shards."""
+"""The tensors of a safetensors checkpoint, each read once: from memory-mapped shards, or by a stream to a GPU."""
 
 import ctypes
 import json
@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraplex_models.cuts import Cut, CutError, LinearCut, RankPart
+from loraplex_models.streamed_tensors import StreamedTensors
+from loraplex_models.weight_stream import WeightStream
 from loraplex_quant.grouped import GroupedWeight, take_runs
 from loraplex_quant.method import FLOATS, LinearWeight, QuantFormatError, WeightFormat
 
@@ -42,8 +44,9 @@ class Checkpoint:
         weight_format: WeightFormat | None = None,
         part: RankPart | None = None,
         served_name: Callable[[str], str] = str,
+        stream: WeightStream | None = None,
     ) -> None:
-        """Open the shards and read their headers.
+        """Open the shards and read their headers. With a `stream`, tensors of floats are given on its device.
 
         Raises CheckpointError when a file is missing or broken.
         """
@@ -57,9 +60,12 @@ class Checkpoint:
         self.total_bytes = 0
         self.taken_bytes = 0
         self.num_quantized = 0  # linears that were stored in the format
+        self._streamed = None if stream is None else StreamedTensors(stream, reads_ahead=part is None or part.size == 1)
         try:
             for name in _shard_names(self._folder):
                 self._open(name)
+                if self._streamed is not None:
+                    self._streamed.add(self._folder / name)
         except BaseException:
             self.close()
             raise
@@ -78,6 +84,8 @@ class Checkpoint:
     def close(self) -> None:
         """Close the shards. Tensors that were taken and not copied stay valid until they are dropped."""
         self.release()
+        if self._streamed is not None:
+            self._streamed.close()
 
     def release(self) -> None:
         """Give back the memory that reading took: a file is mapped anew when the next tensor is taken from it.
@@ -90,8 +98,14 @@ class Checkpoint:
         if _trim is not None:
             _trim(0)
 
-    def take(self, name: str, shape: tuple[int, ...] | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
-        """Return the tensor of that name, mapped from its file.
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...] | None,
+        dtypes: tuple[torch.dtype, ...] = FLOATS,
+        rows: Cut | None = None,
+    ) -> Tensor:
+        """Return the tensor of that name, mapped from its file or on the stream's device; with `rows`, only those.
 
         Raises CheckpointError when it is missing, has another shape than the one given, or none of the dtypes.
         """
@@ -100,21 +114,25 @@ class Checkpoint:
         assert name not in self._taken, f"tensor {name} is read twice"
         self._taken.add(name)
         file_name, stored_name = self._place_of[name]
-        if file_name not in self._files:
-            self._map(file_name)
-        try:
-            tensor: Tensor = self._files[file_name].get_tensor(stored_name)
-        except SafetensorError as error:
-            raise CheckpointError(f"'{file_name}': tensor '{name}' cannot be read: {error}") from None
-        if shape is not None and tuple(tensor.shape) != shape:
+        stored = None if self._streamed is None else self._streamed.find(self._folder / file_name, stored_name)
+        tensor = self._mapped(file_name, stored_name) if stored is None else None
+        found = stored if tensor is None else tensor
+        assert found is not None
+        if shape is not None and tuple(found.shape) != shape:
             raise CheckpointError(
-                f"'{file_name}': tensor '{name}' has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
+                f"'{file_name}': tensor '{name}' has shape {list(found.shape)}, config.json asks for {list(shape)}"
             )
-        if tensor.dtype not in dtypes:
+        if found.dtype not in dtypes:
             served = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise CheckpointError(f"'{file_name}': tensor '{name}' is of {tensor.dtype}; served here: {served}")
-        self.taken_bytes += tensor.nbytes
-        return tensor
+            raise CheckpointError(f"'{file_name}': tensor '{name}' is of {found.dtype}; served here: {served}")
+        self.taken_bytes += found.nbytes
+        if tensor is not None:
+            return tensor if rows is None else take_runs(tensor, 0, rows.runs)
+        assert self._streamed is not None and stored is not None
+        try:
+            return self._streamed.take(stored, None if rows is None else rows.runs)
+        except (OSError, EOFError) as error:
+            raise CheckpointError(f"'{file_name}': tensor '{name}' cannot be read: {error}") from None
 
     def left_over(self) -> list[str]:
         """Return the names of the tensors that nobody took, sorted."""
@@ -139,6 +157,15 @@ class Checkpoint:
                 )
             self._place_of[served_name] = (name, tensor_name)
 
+    def _mapped(self, file_name: str, stored_name: str) -> Tensor:
+        if file_name not in self._files:
+            self._map(file_name)
+        try:
+            tensor: Tensor = self._files[file_name].get_tensor(stored_name)
+        except SafetensorError as error:
+            raise CheckpointError(f"'{file_name}': tensor '{stored_name}' cannot be read: {error}") from None
+        return tensor
+
     def _map(self, name: str) -> None:
         path = self._folder / name
         try:
@@ -159,19 +186,34 @@ class CheckpointLinear:
     def __contains__(self, suffix: str) -> bool:
         return f"{self._module}.{suffix}" in self._checkpoint
 
-    def take(self, suffix: str, shape: tuple[int, ...] | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
-        """Return one of the tensors. Raises CheckpointError."""
-        return self._checkpoint.take(f"{self._module}.{suffix}", shape, dtypes)
+    def take(
+        self,
+        suffix: str,
+        shape: tuple[int, ...] | None,
+        dtypes: tuple[torch.dtype, ...] = FLOATS,
+        rows: Cut | None = None,
+    ) -> Tensor:
+        """Return one of the tensors, or some rows of it. Raises CheckpointError."""
+        return self._checkpoint.take(f"{self._module}.{suffix}", shape, dtypes, rows)
 
     def read(self, in_size: int, out_size: int, has_bias: bool) -> LinearWeight:
         """Return the weight [out_size, in_size] and the bias. A plain weight may lie in the file's memory.
 
         Beside a quantised weight a bias may stand that the config does not name. Raises CheckpointError.
         """
-        weight_format = self._checkpoint.weight_format
-        if weight_format is None or not weight_format.is_quantized(self):
+        if self._is_plain:
             weight = self.take("weight", (out_size, in_size))
             return LinearWeight(weight, self.take("bias", (out_size,)) if has_bias else None)
+        return self._read_quantized(in_size, out_size, has_bias)
+
+    @property
+    def _is_plain(self) -> bool:
+        weight_format = self._checkpoint.weight_format
+        return weight_format is None or not weight_format.is_quantized(self)
+
+    def _read_quantized(self, in_size: int, out_size: int, has_bias: bool) -> LinearWeight:
+        weight_format = self._checkpoint.weight_format
+        assert weight_format is not None
         self._checkpoint.num_quantized += 1
         try:
             quantized = weight_format.read(self, in_size, out_size)
@@ -197,16 +239,22 @@ class CutLinear(CheckpointLinear):
         outputs, inputs = self._cut.outputs, self._cut.inputs
         assert outputs is None or outputs.part_size == out_size
         assert inputs is None or inputs.part_size == in_size
-        whole = super().read(
-            in_size if inputs is None else inputs.size, out_size if outputs is None else outputs.size, has_bias
-        )
-        bias = whole.bias if self._cut.has_bias else None
+        whole_in = in_size if inputs is None else inputs.size
+        whole_out = out_size if outputs is None else outputs.size
+        if self._is_plain:
+            rows = self.take("weight", (whole_out, whole_in), rows=outputs)
+            bias = self.take("bias", (whole_out,), rows=outputs) if has_bias else None
+            return LinearWeight(take_part(rows, None, inputs), self._own_bias(bias))
+        whole = self._read_quantized(whole_in, whole_out, has_bias)
         if isinstance(whole.weight, GroupedWeight):
             runs = (None if cut is None else cut.runs for cut in (outputs, inputs))
             weight: Tensor | GroupedWeight = whole.weight.part(*runs)
         else:
             weight = take_part(whole.weight, outputs, inputs)
-        return LinearWeight(weight, None if bias is None else take_part(bias, outputs))
+        return LinearWeight(weight, self._own_bias(None if whole.bias is None else take_part(whole.bias, outputs)))
+
+    def _own_bias(self, bias: Tensor | None) -> Tensor | None:
+        return bias.contiguous() if bias is not None and self._cut.has_bias else None
 
 
 def take_part(tensor: Tensor, *cuts: Cut | None) -> Tensor:

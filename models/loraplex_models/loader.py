@@ -14,6 +14,7 @@ from loraplex_models.decoder import CausalLM
 from loraplex_models.names import served_names
 from loraplex_models.parallel import ParallelGroup
 from loraplex_models.registry import find_model_class
+from loraplex_models.weight_stream import WeightStream
 from loraplex_quant.config import OnTheFly, QuantConfig, QuantConfigError, settle_quantization
 from loraplex_quant.keep import Keeping
 from loraplex_quant.registry import weight_format
@@ -64,7 +65,12 @@ def load_model(
     else:
         model = model_class(part.config, keeping, group)
     reader = model.plain_format if stored is None else weight_format(stored)
-    with Checkpoint(path, reader, part, served_names(config.architecture)) as checkpoint, torch.inference_mode():
+    # What is quantised, or will be, is read and repacked by the CPU.
+    stream = open_stream(device) if reader is None and on_the_fly is None else None
+    with (
+        Checkpoint(path, reader, part, served_names(config.architecture), stream) as checkpoint,
+        torch.inference_mode(),
+    ):
         for _ in model.load(checkpoint):
             checkpoint.release()
             if progress is not None:
@@ -77,6 +83,11 @@ def load_model(
         if progress is not None:
             progress(checkpoint.total_bytes, checkpoint.total_bytes)
     return model
+
+
+def open_stream(device: torch.device) -> WeightStream | None:
+    """What reads plain weights for a device; None where files are mapped."""
+    return WeightStream(device) if device.type == "cuda" else None
 
 
 def _made_by_transformers(path: str | Path, config: ModelConfig, keeping: Keeping, group: ParallelGroup) -> CausalLM:

@@ -27,12 +27,13 @@ from loraplex_kernels.lora_pages import (
     make_tiles,
     write_pages,
 )
-from loraplex_models.adapters.arena import Arena, Block, host_memory, own_block, pairs_of, wait_for
+from loraplex_models.adapters.arena import Arena, Block, own_block, pairs_of, wait_for
 from loraplex_models.adapters.frames import Layout, Place, pack
 from loraplex_models.adapters.packed import dense, map_tensors
 from loraplex_models.adapters.slots import AdapterSlots, PreparedAdapter
 from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.forward import LoraBatch
+from loraplex_models.host_memory import host_memory
 
 if TYPE_CHECKING:
     from loraplex_models.decoder import CausalLM
@@ -116,7 +117,11 @@ class PagedAdapterSlots(AdapterSlots):
             num_frames = room.device_bytes // self._frame_bytes
         memory = torch.empty(max(num_frames, 1) * self._frame_bytes, dtype=torch.uint8, device=model.device)
         self._device_arena = Arena(memory[: num_frames * self._frame_bytes], self._frame_bytes)
-        self._host_arena = Arena(host_memory(room.host_bytes, model.device), self._frame_bytes)
+        try:
+            pinned = host_memory(room.host_bytes, model.device)
+        except MemoryError as error:
+            raise MemoryError(f"{error}: lower --adapter-host-memory") from None
+        self._host_arena = Arena(pinned, self._frame_bytes)
         self._copies = make_copies(model.device) if copies is None else copies
         # What the allocator had the memory for before is done before anything is copied into it.
         self._ready = self._copies.mark()

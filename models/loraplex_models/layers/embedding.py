@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from loraplex_models.checkpoint import Checkpoint
+from loraplex_models.cuts import Cut
 from loraplex_quant.keep import Keeping
 from loraplex_quant.method import LinearWeight, QuantMethod
 
@@ -69,7 +70,7 @@ class Head:
             return hidden.new_empty(0, self._shape[0], dtype=torch.float32)
         return self._method.logits(hidden)
 
-    def _read(self, checkpoint: Checkpoint, name: str, vocab_size: int) -> LinearWeight:
+    def _read(self, checkpoint: Checkpoint, name: str, vocab_size: int, rows: Cut | None = None) -> LinearWeight:
         bias_name = f"{name.removesuffix('weight')}bias"
-        bias = checkpoint.take(bias_name, (vocab_size,)) if bias_name in checkpoint else None
-        return LinearWeight(checkpoint.take(name, (vocab_size, self._shape[1])), bias)
+        bias = checkpoint.take(bias_name, (vocab_size,), rows=rows) if bias_name in checkpoint else None
+        return LinearWeight(checkpoint.take(name, (vocab_size, self._shape[1]), rows=rows), bias)

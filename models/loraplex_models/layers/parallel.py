@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.lora_pages import add_rows
-from loraplex_models.checkpoint import Checkpoint, take_part
+from loraplex_models.checkpoint import Checkpoint
 from loraplex_models.cuts import Cut, split
 from loraplex_models.forward import LoraBatch
 from loraplex_models.layers.embedding import Embedding, Head
@@ -60,7 +60,7 @@ class VocabEmbedding(Embedding):
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
         """Take this rank's rows of the weight of that name from the checkpoint."""
-        rows = take_part(checkpoint.take(name, self._shape), Cut(self._shape[0], (self._run,)))
+        rows = checkpoint.take(name, self._shape, rows=Cut(self._shape[0], (self._run,)))
         self.weight = rows.to(self._device, self._dtype, copy=True)
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -83,10 +83,8 @@ class VocabHead(Head):
 
     def load(self, checkpoint: Checkpoint, name: str) -> None:
         """Take this rank's rows of the weight of that name, and of the bias beside it, from the checkpoint."""
-        whole, cut = self._read(checkpoint, name, self._vocab_size), Cut(self._vocab_size, (self._run,))
-        assert isinstance(whole.weight, Tensor)
-        bias = None if whole.bias is None else take_part(whole.bias, cut)
-        self._method = self._keeping.head(LinearWeight(take_part(whole.weight, cut), bias), may_share=False)
+        rows = self._read(checkpoint, name, self._vocab_size, Cut(self._vocab_size, (self._run,)))
+        self._method = self._keeping.head(rows, may_share=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the logits [S, vocab] of hidden states [S, hidden], in float32."""
