@@ -97,13 +97,13 @@ def _resolve_adapters(
     settings: Settings, config: ModelConfig, *, progress: bool
 ) -> list[tuple[AdapterSpec, list[str]]]:
     """Every adapter, with what a person should know about it. Raises LaunchError."""
-    from loraplex_models.sources import SourceError, parse_lora_adapters, read_adapter_list, resolve_adapter  # as above
+    from loraplex_models.sources import SourceError, parse_lora_adapters, resolve_adapter  # as above
 
     launch = settings.launch
     try:
-        if settings.serve.adapter_sources.adapter_list:
-            read_adapter_list(settings.serve.adapter_sources.adapter_list)  # so that a mistake in it ends the start
         items = parse_lora_adapters(",".join(launch.lora_adapters))
+        if settings.serve.adapter_sources.adapter_list:
+            _check_list(settings.serve.adapter_sources.adapter_list, {item.adapter_id for item in items})
     except SourceError as error:
         raise LaunchError(f"adapters: {error}") from None
     adapters: list[tuple[AdapterSpec, list[str]]] = []
@@ -128,6 +128,18 @@ def _resolve_adapters(
     if refused:
         raise LaunchError("; ".join(refused))
     return adapters
+
+
+def _check_list(path: str, names: set[str]) -> None:
+    """Have a mistake in the list of adapters, or a name that is taken, end the start. Raises SourceError."""
+    from loraplex_models.sources import SourceFormatError, read_adapter_list  # as above
+    from loraplex_server.api.schemas.listed_merges import listed_merges
+
+    items, lines = read_adapter_list(path)
+    for name in [item.adapter_id for item in items] + [name for name, _ in listed_merges(lines)]:
+        if name in names:
+            raise SourceFormatError(f"adapter '{name}' is given twice: give each a name of its own")
+        names.add(name)
 
 
 def _without_pickles(settings: Settings, folder: str) -> str:

@@ -142,13 +142,18 @@ def parse_lora_adapters(text: str) -> list[AdapterItem]:
     return items
 
 
-def read_adapter_list(path: str) -> list[AdapterItem]:
-    """The items of a file, one a line; empty lines and those that begin with # are passed over. Raises SourceError."""
+def read_adapter_list(path: str) -> tuple[list[AdapterItem], list[str]]:
+    """The items of a file, one a line, and its lines of JSON, which are merges of adapters.
+
+    Empty lines and those that begin with # are passed over. Raises SourceError.
+    """
     try:
         lines = Path(os.path.expanduser(path)).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceNotFound(f"the list of adapters '{path}' cannot be read: {error}") from None
-    return parse_lora_adapters(",".join(line for line in lines if not line.lstrip().startswith("#")))
+    lines = [line.strip() for line in lines if not line.lstrip().startswith("#")]
+    items = parse_lora_adapters(",".join(line for line in lines if not line.startswith("{")))
+    return items, [line for line in lines if line.startswith("{")]
 
 
 def _is_adapter_hub_id(name: str) -> bool:

@@ -24,7 +24,7 @@ class AdapterOrigin(msgspec.Struct, frozen=True, kw_only=True, tag="adapter"):
 
 
 class MergeOrigin(msgspec.Struct, frozen=True, kw_only=True, tag="merge"):
-    """Several adapters as one, with each one's content at the time."""
+    """Several adapters as one, with each one's content at the time; no parts yet where nobody has asked for it."""
 
     wanted: WantedMerge
     parts: tuple[AdapterOrigin, ...]

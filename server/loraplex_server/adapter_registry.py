@@ -197,15 +197,37 @@ class AdapterRegistry:
         """Whether a name is pinned."""
         return entry.name in self._pinned
 
-    def set_spec(self, version: AdapterVersion, spec: AdapterSpec, parts: tuple[AdapterSpec, ...] = ()) -> None:
-        """A version's files, or those of the parts of a merge, were brought and checked."""
-        for needed in (spec, *parts):
-            self._contents.acquire(needed)
-        old = version.contents()
-        version.spec, version.parts, version.error = spec, parts, None
+    def set_spec(self, entry: AdapterEntry, version: AdapterVersion, spec: AdapterSpec) -> None:
+        """A version's files were brought and checked. Raises AdapterNotFound where the name has it no more."""
+        self._set(entry, version, version.origin, spec, ())
+
+    def set_merge(
+        self,
+        entry: AdapterEntry,
+        version: AdapterVersion,
+        origin: Origin,
+        spec: AdapterSpec,
+        parts: tuple[AdapterSpec, ...],
+    ) -> None:
+        """The parts of a merge were brought and checked. Raises AdapterNotFound where the name has it no more."""
+        self._set(entry, version, origin, spec, parts)
+
+    def _set(
+        self,
+        entry: AdapterEntry,
+        version: AdapterVersion,
+        origin: Origin | None,
+        spec: AdapterSpec,
+        parts: tuple[AdapterSpec, ...],
+    ) -> None:
+        if entry.versions.get(version.version) is not version or self._entries.get(entry.name) is not entry:
+            raise self.not_found(f"{entry.name}@{version.version}")
+        new = AdapterVersion(version.version, version.location, spec, origin, parts)
+        old = AdapterVersion(version.version, version.location, version.spec, version.origin, version.parts)
+        self._acquire(new)
+        version.spec, version.origin, version.parts, version.error = spec, origin, parts, None
         self._refresh_kept()
-        for released in old:
-            self._contents.release(released)
+        self._release(old)
 
     def lost(self, digest: str, error: str) -> None:
         """The engine could not load a content: versions that can be brought again are, by the next request."""

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import socket
 from dataclasses import replace
@@ -103,6 +104,29 @@ def test_a_free_address_is_accepted_and_a_taken_one_named() -> None:
         with pytest.raises(LaunchError, match=f"127.0.0.1:{port}.*in use"):
             check_address(ApiConfig(hostname="127.0.0.1", port=port))
     check_address(ApiConfig(hostname="127.0.0.1", port=port))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"name": "both", "merged_adapters": {"ids": ["a"], "weights": [1, 2]}}', "1 ids and 2 weights"),
+        ('{"name": "both", "merged_adapters": {"ids": "a"}}', "`merged_adapters.ids`"),
+        ('{"name": "both"}', "`merged_adapters`: Field required"),
+        ('{"name": "both", "merged_adapters": {"ids": ["a"], "weights": [1]}, "path": "x"}', "`path`: Extra"),
+        ('{"name": "../x", "merged_adapters": {"ids": ["a"], "weights": [1]}}', "an adapter's name must"),
+        ('{"name": "b", "merged_adapters": {"ids": ["a"], "weights": [1]}}', "'b' is given twice"),
+        ('{"name": ', "no valid JSON"),
+        ("pirate=/elsewhere", "'pirate' is given twice"),
+    ],
+)
+def test_a_mistake_in_the_list_of_adapters_ends_the_start(model: Path, tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "list").write_text(f"a=/data/a\nb=/data/b\n{line}\n")
+    wanted = Settings(
+        launch=LaunchConfig(model_id=str(model), lora_adapters=(f"pirate={EXAMPLES / 'pirate'}",)),
+        serve=ServeConfig(adapter_sources=AdapterSourceConfig(adapter_list=str(tmp_path / "list"))),
+    )
+    with pytest.raises(LaunchError, match=re.escape(words)):
+        resolve(wanted)
 
 
 def test_a_folder_for_names_that_cannot_be_used_is_refused_before_the_start(tmp_path: Path) -> None:

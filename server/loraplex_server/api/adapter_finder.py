@@ -32,10 +32,11 @@ from loraplex_server.adapter_store import MIB, AdapterStore
 from loraplex_server.api.adapter_merges import AdapterMerges
 from loraplex_server.api.found_adapter import FoundAdapter
 from loraplex_server.api.job import AdapterAccess
+from loraplex_server.api.named_merges import NamedMerges
+from loraplex_server.api.schemas.listed_merges import listed_merges
 from loraplex_server.config import AdapterSourceConfig, ServeConfig
-from loraplex_server.errors import AdapterError, AdapterUnavailable, InvalidRequest, LoraplexError, Overloaded
+from loraplex_server.errors import AdapterUnavailable, InvalidRequest, LoraplexError, Overloaded
 from loraplex_server.messages import AdapterSpec, AdapterStatus
-from loraplex_server.wanted_merge import WantedMerge
 
 logger = logging.getLogger("loraplex.api")
 
@@ -80,6 +81,7 @@ class AdapterFinder:
         self.contents = contents
         self.changes = AdapterChanges(registry, fetcher, base_model_name, intake.origin_of, state, names_of_start)
         self.merges = AdapterMerges(self.held, contents, intake.model_config)
+        self.named_merges = NamedMerges(registry, self.changes, self.merges, fetcher, intake.origin_of)
         self._state = state
         self._fetcher = fetcher
         self._config = config
@@ -122,14 +124,18 @@ class AdapterFinder:
     async def bring(self, entry: AdapterEntry, version: AdapterVersion) -> AdapterSpec:
         """The spec of a registered version, fetched if it is not here. Raises AdapterError."""
         try:
-            spec, *parts = await self._content_of(entry.name, version)
+            if version.merge is not None:
+                await self.named_merges.bring(entry, version)
+            else:
+                wanted = version.location or version.origin
+                assert isinstance(wanted, AdapterLocation | AdapterOrigin), "it has a place to fetch its files from"
+                brought = await self._fetcher.fetch(entry.name, wanted, None)
+                self.registry.set_spec(entry, version, msgspec.structs.replace(brought.spec, adapter_id=entry.name))
         except LoraplexError as error:
             version.error = str(error)
             raise
-        if entry.versions.get(version.version) is not version:
-            raise self.registry.not_found(f"{entry.name}@{version.version}")
-        self.registry.set_spec(version, spec, tuple(parts))
-        return spec
+        assert version.spec is not None
+        return version.spec
 
     async def bring_pinned(self) -> None:
         """Bring what is pinned, after a start that has looked at nothing; what fails says so when it is asked for."""
@@ -138,22 +144,6 @@ class AdapterFinder:
                 if name in entry.versions and entry.versions[name].spec is None:
                     with contextlib.suppress(LoraplexError):
                         await self.bring(entry, entry.versions[name])
-
-    async def _content_of(self, name: str, version: AdapterVersion) -> list[AdapterSpec]:
-        """The spec of a version, and those of its parts if it is a merge."""
-        origin = version.origin
-        if isinstance(origin, MergeOrigin):
-            try:
-                parts = [
-                    (await self._fetcher.fetch(part_name, part, None)).spec
-                    for part_name, part in zip(origin.wanted.ids, origin.parts, strict=True)
-                ]
-            except AdapterError as error:
-                raise error.within(f"adapter '{name}' is a merge") from None
-            return [await self.merges.spec(origin.wanted, parts, name), *parts]
-        wanted = version.location or origin
-        assert wanted is not None, "a version without files has a place to fetch them from"
-        return [msgspec.structs.replace((await self._fetcher.fetch(name, wanted, None)).spec, adapter_id=name)]
 
     def location_of(self, text: str) -> AdapterLocation:
         """What an operator means by a path or an id: a folder below the roots, or else a hub id."""
@@ -194,30 +184,6 @@ class AdapterFinder:
         except LoraplexError:
             await asyncio.to_thread(self._intake.discard, Path(spec.path).name)
             raise
-
-    async def register_merge(
-        self, name: str, wanted: WantedMerge, access: AdapterAccess, *, version: str | None, activate: bool
-    ) -> AdapterEntry:
-        """Serve several adapters, as they are now, as one under a name. Raises AdapterError, InvalidRequest."""
-        self.changes.check_name(name, version)
-        for adapter_id in wanted.ids:
-            found = self.registry.find(adapter_id)
-            if found is not None and found[1] is None and len(found[0].split) > 1:
-                raise InvalidRequest(
-                    f"requests for adapter '{adapter_id}' are split between its versions: say which one is meant, as in"
-                    f" {adapter_id}@{next(iter(found[0].split))}"
-                )
-        async with self.merges.made(wanted, access, name) as made:
-            origins = tuple(self._part_origin(part) for part in made.parts)
-            parts = tuple(part.spec for part in made.parts)
-            new = AdapterVersion(version or "", None, made.spec, MergeOrigin(wanted=wanted, parts=origins), parts)
-            return await self.changes.enter(name, new, activate=activate)
-
-    def _part_origin(self, part: FoundAdapter) -> AdapterOrigin:
-        if isinstance(part.origin, AdapterOrigin) and part.origin.digest == part.spec.digest:
-            return part.origin
-        place = part.origin.location if isinstance(part.origin, AdapterOrigin) else None
-        return self._intake.origin_of(part.spec, place, part.scope)
 
     def observe(self, status: AdapterStatus) -> None:
         """Take in what the engine says of a content: where it is now, or why it could not be loaded."""
@@ -360,8 +326,12 @@ def build_finder(config: ServeConfig, tell: Callable[[AdapterMessage], None]) ->
 
     contents = AdapterContents(tell, lambda spec: discard(Path(spec.path).name) if spec.source == UPLOAD else None)
     registry = AdapterRegistry(config.engine.adapters, contents, discard)
-    for item in read_adapter_list(sources.adapter_list) if sources.adapter_list else ():
-        registry.add(item.adapter_id, AdapterVersion(FIRST_VERSION, from_item(item)))
+    if sources.adapter_list is not None:
+        items, lines = read_adapter_list(sources.adapter_list)
+        for item in items:
+            registry.add(item.adapter_id, AdapterVersion(FIRST_VERSION, from_item(item)))
+        for name, wanted in listed_merges(lines):
+            registry.add(name, AdapterVersion(FIRST_VERSION, None, origin=MergeOrigin(wanted=wanted, parts=())))
     names_of_start = frozenset(entry.name for entry in registry.entries())
     store = AdapterStore(
         Path(sources.adapter_cache), sources.adapter_cache_mb * MIB, is_durable=sources.adapter_state is not None

@@ -79,6 +79,14 @@ class AdapterMerges:
                 self._contents.release(needed)
 
 
+def merge_of_merges(adapter_id: str) -> AdapterRefused:
+    """The refusal of a part that is a merge."""
+    return AdapterRefused(
+        f"adapter '{adapter_id}' cannot be merged: it is a merge itself; name the adapters that it is made of",
+        "adapter_unsupported",
+    )
+
+
 def _scope(scopes: list[str | None]) -> str | None:
     """Who may share keys and values with a merge: those who may see every part."""
     private = sorted({scope for scope in scopes if scope is not None})
@@ -89,10 +97,7 @@ def _merged_spec(wanted: WantedMerge, specs: list[AdapterSpec], config: ModelCon
     shapes = module_shapes(config)
     for adapter_id, spec in zip(wanted.ids, specs, strict=True):
         if spec.merge is not None:
-            raise AdapterRefused(
-                f"adapter '{adapter_id}' cannot be merged: it is a merge itself; name the adapters that it is made of",
-                "adapter_unsupported",
-            )
+            raise merge_of_merges(adapter_id)
         if spec.dense_elements or spec.invocation_token_ids:
             raise AdapterRefused(
                 f"adapter '{adapter_id}' cannot be merged: it changes more than the layers' linears, or not by a "

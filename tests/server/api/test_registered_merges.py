@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from adapter_files import base_fields
 from adapter_world import AdapterWorld, refusal, world
-from scripted_engine import TestServer, with_server
+from scripted_engine import ScriptedEngine, TestServer, with_server
 
 from loraplex_server.config import AdapterSourceConfig
 from loraplex_server.messages import AdapterSpec
@@ -166,6 +166,56 @@ def test_what_makes_no_merge_is_refused_and_enters_nothing(
         ]
 
     serve(world, test)
+
+
+LISTED = '{"name": "both", "merged_adapters": {"ids": ["a", "b"], "weights": [1, 2]}}'
+
+
+def listed(world: AdapterWorld, *lines: str) -> str:
+    file = world.folder / "adapters.txt"
+    file.write_text("\n".join(["# ours", *lines, ""]))
+    return str(file)
+
+
+def test_a_merge_of_the_start_list_is_of_what_its_parts_are_at_its_first_use(world: AdapterWorld) -> None:
+    places = [f"{name}={world.place(name, rank)}" for name, rank in (("a", 2), ("b", 4))]
+    settings = {"adapter_list": listed(world, *places, LISTED), "adapter_state": str(world.cache)}
+    said_before: list[str] = []
+
+    async def first(server: TestServer) -> None:
+        shown = (await server.http.get("/adapters/both")).json()["versions"][0]
+        assert (shown["id"], shown["tier"]) == ("linear(1*a+2*b)", None)
+        assert [part["digest"] for part in shown["merge"]["parts"]] == [None, None]
+        assert (await server.http.put("/adapters/both", json={"pinned": True})).status_code == 200
+        said_before.append(await said(server, "both"))
+        spec = merged(world)
+        assert said_before == [f"<{spec.digest[:12]}>"] and spec.rank == 2 + 4
+        await upload(server, world, "a", 8)
+        assert await said(server, "both") == said_before[0]
+        # A change of its name writes down what it is now.
+        await server.http.put("/adapters/both", json={"pinned": False})
+
+    async def second(server: TestServer) -> None:
+        assert await said(server, "both") == said_before[0]
+
+    serve(world, first, **settings)
+    world.engine = ScriptedEngine()
+    serve(world, second, **settings)
+
+
+def test_merges_of_the_start_list_that_name_each_other_are_refused(world: AdapterWorld) -> None:
+    lines = [LISTED.replace('"a"', '"again"'), LISTED.replace('"both"', '"again"').replace('"a"', '"both"')]
+    places = [f"b={world.place('b', 4)}"]
+
+    async def test(server: TestServer) -> None:
+        for name in ("both", "again"):
+            answer = await server.generate(adapter_id=name)
+            assert (
+                refusal(answer) == (422, "adapter_unsupported") and f"'{name}' is a merge: " in answer.json()["error"]
+            )
+        assert (await said(server, "b")).startswith("<")
+
+    serve(world, test, adapter_list=listed(world, *places, *lines))
 
 
 def test_only_who_may_change_adapters_registers_a_merge(world: AdapterWorld) -> None:

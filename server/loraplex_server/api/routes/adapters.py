@@ -1,5 +1,7 @@
 """GET, POST, PUT and DELETE of /adapters and /adapters/{name}: what is served, and changes of it."""
 
+from itertools import zip_longest
+
 import msgspec
 from msgspec import UNSET
 from starlette.datastructures import QueryParams
@@ -102,7 +104,7 @@ async def _register(request: Request, body: RegisterBody) -> Response:
     is_active = body.activate is not False
     if body.merged_adapters is not None:
         wanted, access = body.merged_adapters.wanted(), AdapterAccess(source=body.source, token=body.api_token)
-        entry = await finder.register_merge(body.name, wanted, access, version=body.version, activate=is_active)
+        entry = await finder.named_merges.register(body.name, wanted, access, version=body.version, activate=is_active)
     else:
         entry = await finder.changes.register(
             body.name,
@@ -206,8 +208,8 @@ def _merge(origin: MergeOrigin) -> MergeInfo:
     merge = origin.wanted
     return MergeInfo(
         parts=[
-            PartInfo(id=adapter_id, weight=weight, digest=part.digest)
-            for adapter_id, weight, part in zip(merge.ids, merge.weights, origin.parts, strict=True)
+            PartInfo(id=adapter_id, weight=weight, digest=None if part is None else part.digest)
+            for adapter_id, weight, part in zip_longest(merge.ids, merge.weights, origin.parts)
         ],
         merge_strategy=merge.strategy,
         density=merge.density,
