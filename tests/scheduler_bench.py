@@ -82,7 +82,7 @@ class SchedulerBench:
         if not self.in_flight:
             return False
         for flight, tables in self.in_flight:
-            rows = {s.row: s for s in [*self.scheduler.running, *self.scheduler._leaving]}
+            rows = {s.row: s for s in [*self.scheduler.running, *self.scheduler._in_flight.leaving]}
             for planned, table in zip(flight.sequences, tables, strict=True):
                 holder = rows.get(planned.row)
                 assert holder and holder.block_ids[: len(table)] == table, "a step in flight has lost its blocks"

@@ -28,6 +28,7 @@ from loraplex_server.engine.block_manager import BlockManager
 from loraplex_server.engine.fair_queue import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST, FairQueue, Lane
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.engine.step import RowStart, ScheduledSequence, StepPlan
+from loraplex_server.engine.steps_in_flight import StepsInFlight
 from loraplex_server.messages import FinishReason
 
 # A waiting sequence lets idle adapters of later ones stay on the device for so long, to have them used before they go.
@@ -69,9 +70,7 @@ class Scheduler:
         self._clock = clock
         self._free_rows = list(range(max_batch_size - 1, -1, -1))
         self._row_ends: list[int] = []
-        self._step_id = 0  # of the step planned last
-        self._read_step_id = 0  # of the step read last; the ones between are in flight
-        self._leaving: list[Sequence] = []  # have ended, and are in a step in flight
+        self._in_flight = StepsInFlight()
         self._no_room: str | None = None  # the adapter that pressed in the last step and found no room
         # The adapter whose place an overdue one is to take, and the turn of that one: later ones are held back.
         self._giving_way: str | None = None
@@ -114,9 +113,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Decide the next step; None when nothing could run now, or not before the step in flight is read."""
         now = self._clock()
-        if self._is_in_flight and self._is_short_of_blocks():
-            return None
-        if not self._make_way(now):
+        if (self._in_flight and self._is_short_of_blocks()) or not self._make_way(now):
             return None
         decodes: list[ScheduledSequence] = []
         chunks: list[ScheduledSequence] = []
@@ -133,7 +130,7 @@ class Scheduler:
                 continue
             new_block_ids = self._extend(sequence)
             if new_block_ids is not None:
-                decodes.append(self._plan(sequence, 1, new_block_ids))
+                decodes.append(sequence.plan(self._in_flight.next_id, 1, new_block_ids))
                 self.waiting.charge(sequence.tenant, OUTPUT_TOKEN_COST)
         # What was just given back is for those that run.
         may_start = self.num_preemptions == preemptions_before
@@ -144,9 +141,8 @@ class Scheduler:
         decodes.sort(key=lambda s: s.slot)
         chunks.sort(key=lambda s: s.slot)
         row_ends, self._row_ends = self._row_ends, []
-        self._step_id += 1
         return StepPlan(
-            step_id=self._step_id,
+            step_id=self._in_flight.add(),
             sequences=decodes + chunks,
             num_decodes=len(decodes),
             adapter_ops=self._adapters.take_ops(),
@@ -156,15 +152,14 @@ class Scheduler:
 
     def advance(self, plan: StepPlan, token_ids: dict[int, int]) -> list[Progress]:
         """Take in a step's result: `token_ids` by row, for the rows that sampled. A negative id: no valid token."""
-        self._read_step_id = plan.step_id
-        if self._leaving:
-            self._let_go()
+        for sequence in self._in_flight.read(plan.step_id):
+            self._give_back(sequence)
         by_row = {sequence.row: sequence for sequence in self.running}
         progress: list[Progress] = []
         for planned in plan.sequences:
-            sequence = by_row.get(planned.row)
-            if sequence is None:
+            if planned.row not in by_row:
                 continue  # left while the step ran
+            sequence = by_row[planned.row]
             self._commit_blocks(sequence, planned.start + len(planned.token_ids))
             if planned.samples:
                 sequence.num_pending_tokens -= 1
@@ -226,7 +221,8 @@ class Scheduler:
             count = min(sequence.num_uncomputed_tokens, budget)
             budget -= count
             self._charge_prompt(sequence, sequence.num_computed_tokens + count)
-            (decodes if is_decode else chunks).append(self._plan(sequence, count, list(new_block_ids)))
+            planned = sequence.plan(self._in_flight.next_id, count, list(new_block_ids))
+            (decodes if is_decode else chunks).append(planned)
 
     def _charge_prompt(self, sequence: Sequence, end: int) -> None:
         """Charge for the tokens up to `end`, except those of the cached head and those computed a second time."""
@@ -278,7 +274,7 @@ class Scheduler:
         for lane in sorted(overdue, key=lambda lane: self._turn_of(lane, now)):
             victims = self._victims_for(lane, now)
             if all(give_way.has_had_its_turn(s, now, self._starvation_bound_s) for s in victims):
-                if victims and self._is_in_flight:
+                if victims and self._in_flight:
                     return False
                 for sequence in reversed(victims):
                     self._preempt(sequence)
@@ -338,10 +334,6 @@ class Scheduler:
             num_output_tokens=sequence.num_output_tokens,
         )
 
-    @property
-    def _is_in_flight(self) -> bool:
-        return self._read_step_id < self._step_id
-
     def _is_short_of_blocks(self) -> bool:
         """Whether not all running sequences can have a block where they need one for their next token."""
         if self._blocks.num_free >= len(self.running):
@@ -365,7 +357,7 @@ class Scheduler:
         return new_block_ids
 
     def _preempt(self, sequence: Sequence) -> None:
-        assert not self._is_in_flight, "a sequence is preempted before its tokens are read"
+        assert not self._in_flight, "a sequence is preempted before its tokens are read"
         self.running.remove(sequence)
         self._give_back(sequence, will_return=True)
         sequence.status = Status.WAITING
@@ -380,19 +372,10 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        if sequence.last_step > self._read_step_id:
-            self._leaving.append(sequence)
+        if self._in_flight.has(sequence):
+            self._in_flight.leaving.append(sequence)
         else:
             self._give_back(sequence)
-
-    def _let_go(self) -> None:
-        """Take back what sequences hold that have ended and are in no step in flight any more."""
-        leaving, self._leaving = self._leaving, []
-        for sequence in leaving:
-            if sequence.last_step > self._read_step_id:
-                self._leaving.append(sequence)
-            else:
-                self._give_back(sequence)
 
     def _give_back(self, sequence: Sequence, *, will_return: bool = False) -> None:
         self._blocks.free(sequence.block_ids)
@@ -411,25 +394,3 @@ class Scheduler:
         for index in range(sequence.num_committed_blocks, num_full):
             self._blocks.commit(hashes[index], sequence.block_ids[index])
         sequence.num_committed_blocks = num_full
-
-    def _plan(self, sequence: Sequence, count: int, new_block_ids: list[int]) -> ScheduledSequence:
-        """Put the next `count` tokens of a sequence into the step, and count what it will have then."""
-        start = sequence.num_computed_tokens
-        end = start + count
-        targets: list[int] = []
-        if sequence.prompt_logprobs is not None and start < sequence.num_prompt_tokens - 1:
-            targets = sequence.token_ids[start + 1 : min(end + 1, sequence.num_prompt_tokens)]
-        planned = ScheduledSequence(
-            row=sequence.row,
-            token_ids=sequence.uncomputed(count),
-            start=start,
-            new_block_ids=new_block_ids,
-            slot=sequence.slot,
-            samples=count == sequence.num_uncomputed_tokens,
-            target_ids=targets,
-            num_base_tokens=sequence.num_base_tokens(count),
-        )
-        sequence.num_computed_tokens = end
-        sequence.num_pending_tokens += planned.samples
-        sequence.last_step = self._step_id + 1
-        return planned

@@ -7,7 +7,7 @@ from enum import Enum
 import msgspec
 
 from loraplex_server.engine.block_manager import activation_hash, hash_block, root_hash
-from loraplex_server.engine.step import FUTURE_TOKEN
+from loraplex_server.engine.step import FUTURE_TOKEN, ScheduledSequence
 from loraplex_server.messages import GenerateRequest, TopLogprob
 
 
@@ -76,15 +76,29 @@ class Sequence:
         num_planned = self.num_output_tokens + self.num_pending_tokens
         return not self.needs_known_tokens and num_planned < self.request.sampling.max_new_tokens
 
-    def uncomputed(self, count: int) -> list[int]:
-        """The next `count` tokens to compute; only one that stands alone may be pending."""
-        if self.num_computed_tokens == len(self.token_ids):
-            return [FUTURE_TOKEN]
-        return self.token_ids[self.num_computed_tokens : self.num_computed_tokens + count]
+    def plan(self, step_id: int, count: int, new_block_ids: list[int]) -> ScheduledSequence:
+        """Put the next `count` tokens into a step, and count what there will be after it.
 
-    def num_base_tokens(self, count: int) -> int:
-        """How many of the next `count` tokens to compute are the base's."""
-        return max(0, min(count, self.adapter_start - self.num_computed_tokens)) if self.adapter_start else 0
+        Only one that stands alone may be pending.
+        """
+        start, num_prompt = self.num_computed_tokens, self.num_prompt_tokens
+        end = start + count
+        is_future = start == len(self.token_ids)
+        wants_targets = self.prompt_logprobs is not None and start < num_prompt - 1
+        planned = ScheduledSequence(
+            row=self.row,
+            token_ids=[FUTURE_TOKEN] if is_future else self.token_ids[start:end],
+            start=start,
+            new_block_ids=new_block_ids,
+            slot=self.slot,
+            samples=count == self.num_uncomputed_tokens,
+            target_ids=self.token_ids[start + 1 : min(end + 1, num_prompt)] if wants_targets else [],
+            num_base_tokens=max(0, min(count, self.adapter_start - start)) if self.adapter_start else 0,
+        )
+        self.num_computed_tokens = end
+        self.num_pending_tokens += planned.samples
+        self.last_step = step_id
+        return planned
 
     def hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
         """The names of the first `num_blocks` full blocks; tokens are only ever appended, so they stay valid.

@@ -196,7 +196,7 @@ def _stream_what_comes_behind_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Scheduler.advance
 
     def advance(self: Scheduler, plan: StepPlan, token_ids: dict[int, int]) -> list[Progress]:
-        left = {s.row: s for s in self._leaving}
+        left = {s.row: s for s in self._in_flight.leaving}
         extra = [Progress(left[row], token_ids[row], None) for row in left.keys() & token_ids.keys()]
         return plain(self, plan, token_ids) + extra
 
