@@ -27,7 +27,7 @@ _NO_CODE = "code that comes with a model is never run"
 # vLLM's arguments that change nothing here, with the reason.
 NO_MEANING = {
     "allowed_local_media_path": _TEXT_ONLY,
-    "async_scheduling": "the engine is stepped by the caller",
+    "async_scheduling": "steps overlap on a GPU by themselves (overlap_steps)",
     "code_revision": _NO_CODE,
     "compilation_config": "models are not compiled",
     "cpu_offload_gb": _ONE_CPU,
