@@ -8,14 +8,14 @@ from loraplex_kernels.cpu.block_sums import BLOCK
 from loraplex_kernels.lora import Deltas
 
 
-def is_int8_kept(out_size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `int8_linear` takes so many outputs, for activations of that type on that device."""
-    return out_size % BLOCK == 0 and device.type == "cpu" and dtype is torch.bfloat16
+def is_int8_kept(out_size: int, in_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `int8_linear` takes a weight of that shape, for activations of that type on that device."""
+    return out_size % BLOCK == 0 and in_size % 2 == 0 and device.type == "cpu" and dtype is torch.bfloat16
 
 
 def is_int4_kept(out_size: int, in_size: int, group_size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `int4_linear` takes a weight of that shape, for activations of that type on that device."""
-    return is_int8_kept(out_size, dtype, device) and in_size % group_size == 0 and group_size % 2 == 0
+    return is_int8_kept(out_size, in_size, dtype, device) and in_size % group_size == 0 and group_size % 2 == 0
 
 
 def pack_int8(numbers: Tensor) -> Tensor:

@@ -94,13 +94,11 @@ def keep_small_int(parts: Sequence[LinearWeight], dtype: torch.dtype, device: to
     weights = [part.weight for part in parts if isinstance(part.weight, GroupedWeight)]
     if len(weights) < len(parts):
         return None
-    if all(_is_int8(weight) for weight in weights) and is_int8_kept(
-        sum(weight.shape[0] for weight in weights), dtype, device
-    ):
+    out_size, in_size = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    if all(_is_int8(weight) for weight in weights) and is_int8_kept(out_size, in_size, dtype, device):
         return Int8(weights, stacked_bias(parts, dtype, device))
     if all(weight.bits <= INT4_BITS for weight in weights):
         group_size, order = _common_group_size(weights), _common_order(weights)
-        out_size, in_size = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
         is_ordered = order is not None or all(weight.group_of is None for weight in weights)
         if is_ordered and group_size and is_int4_kept(out_size, in_size, group_size, dtype, device):
             return Int4(weights, group_size, order, stacked_bias(parts, dtype, device))

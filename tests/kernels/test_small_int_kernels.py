@@ -4,7 +4,7 @@ import numba
 import pytest
 import torch
 
-from loraplex_kernels.cpu.block_sums import half_sums_of, int4_sums_of
+from loraplex_kernels.cpu.block_sums import half_sums_of, int4_sums_of, int8_sums_of
 from loraplex_kernels.cpu.few_rows import INT4, BlockedWeight, product
 from loraplex_kernels.cpu.pairs import FloatPairs, HalfPairs, best_pairs, multiplies_halves
 from loraplex_kernels.cpu.small_int import FEW_ROWS
@@ -86,24 +86,29 @@ PAIRS = [
 
 @pytest.mark.parametrize("pairs", PAIRS)
 def test_a_processor_without_products_of_bfloat16_gets_the_same_sums(pairs: type) -> None:
-    int4_sums, half_sums = int4_sums_of(2, pairs), half_sums_of(2, pairs)
+    int4_sums, int8_sums, half_sums = (sums_of(2, pairs) for sums_of in (int4_sums_of, int8_sums_of, half_sums_of))
 
     @numba.njit
-    def run(x, int4_block, groups, input_sums, int4_out, half_block, half_out):  # type: ignore[no-untyped-def]
+    def run(x, int4_block, groups, input_sums, int4_out, int8_block, scales, int8_out, half_block, half_out):  # type: ignore[no-untyped-def]
         int4_sums(x, 2 * 96, int4_block, 3, 16, groups, 4 * 64, input_sums, int4_out)
+        int8_sums(x, 2 * 96, int8_block, 48, scales, int8_out)
         half_sums(x, 2 * 96, half_block, 48, half_out)
 
     packed = pack_int4(weight := numbers(64, 96, low=0, high=16, dtype=torch.uint8))
     groups, x = random(3, 64, 2).to(BF16), random(2, 96, seed=3).to(BF16)
+    packed8 = pack_int8(weight8 := numbers(64, 96, low=-127, high=128, dtype=torch.int8))
+    scales = random(64, seed=6)
     whole = random(64, 96, seed=4).to(BF16)
     # As oneDNN lays it out, on a cache line: [in / 2, 64, 2].
     room = torch.empty(64 * 96 + 32, dtype=BF16)
     blocked = room[-room.data_ptr() % 64 // 2 :][: 64 * 96].view(48, 64, 2)
     blocked.copy_(whole.view(64, 48, 2).transpose(0, 1))
     input_sums = x.float().view(2, 3, 32).sum(-1)
-    int4_out, half_out = torch.empty(2, 64), torch.empty(2, 64)
-    run(*(t.data_ptr() for t in (x, packed, groups, input_sums, int4_out, blocked, half_out)))
-    for out, truth in ((int4_out, int4_weight(weight, groups)), (half_out, whole)):
+    int4_out, int8_out, half_out = torch.empty(3, 2, 64)
+    tensors = (x, packed, groups, input_sums, int4_out, packed8, scales, int8_out, blocked, half_out)
+    run(*(tensor.data_ptr() for tensor in tensors))
+    whole8 = weight8 * scales[:, None]
+    for out, truth in ((int4_out, int4_weight(weight, groups)), (int8_out, whole8), (half_out, whole)):
         expected = x.double() @ truth.double().T
         assert (out.double() - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -130,9 +135,10 @@ def test_a_row_gives_the_same_whatever_rows_are_beside_it() -> None:
 
 
 def test_what_has_no_kernel_is_not_kept() -> None:
-    assert is_int8_kept(128, BF16, CPU)
-    assert not is_int8_kept(128, torch.float32, CPU)
-    assert not is_int8_kept(96, BF16, CPU)
+    assert is_int8_kept(128, 30, BF16, CPU)
+    assert not is_int8_kept(128, 31, BF16, CPU)
+    assert not is_int8_kept(128, 30, torch.float32, CPU)
+    assert not is_int8_kept(96, 30, BF16, CPU)
     assert is_int4_kept(64, 96, 32, BF16, CPU)
     assert not is_int4_kept(64, 96, 32, torch.float32, CPU)
     assert not is_int4_kept(96, 96, 32, BF16, CPU)

@@ -71,15 +71,15 @@ def _emit_half_sums(emit, pairs, num_rows, vectors, x, row_bytes, block, num_pai
     _store(emit, emit.loop(num_pairs, [NO_FLOATS] * num_rows * len(vectors), add_pair), num_rows, vectors, out)
 
 
-def int8_sums_of(num_rows):
-    """8 bits: x [rows, in] float32; scales [64] float32; out [rows, 64] float32."""
+def int8_sums_of(num_rows, pairs_of=None):
+    """8 bits: x [rows, in] bfloat16; scales [64] float32; out [rows, 64] float32."""
 
     @intrinsic
-    def sums(typing_context, x, row_bytes, block, num_inputs, scales, out):
+    def sums(typing_context, x, row_bytes, block, num_pairs, scales, out):
         def generate(context, builder, signature, arguments):
             emit = Emit(builder)
             for vectors in _runs(num_rows):
-                _emit_int8_sums(emit, num_rows, vectors, *arguments)
+                _emit_int8_sums(emit, (pairs_of or best_pairs())(emit), num_rows, vectors, *arguments)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 6), generate
@@ -87,37 +87,30 @@ def int8_sums_of(num_rows):
     return sums
 
 
-def _emit_int8_sums(emit, num_rows, vectors, x, row_bytes, block, num_inputs, scales, out):
+def _emit_int8_sums(emit, pairs, num_rows, vectors, x, row_bytes, block, num_pairs, scales, out):
     builder = emit.builder
 
-    def add_input(place, sums):
-        inputs = _inputs(emit, num_rows, x, row_bytes, place)
-        weights = emit.address(block, (place, BLOCK))
-        emit.fetch_ahead(weights)
+    def add_pair(pair, sums):
+        inputs = _input_pairs(emit, pairs, num_rows, x, row_bytes, pair)
+        lines = [emit.address(block, (pair, 2 * BLOCK), (BLOCK, which)) for which in (0, 1)]
+        for line in lines:
+            emit.fetch_ahead(line)
         totals = list(sums)
         for at, vector in enumerate(vectors):
-            numbers = emit.load(octets, emit.address(weights, (LANES, vector)), align=16)
-            weight = builder.sitofp(builder.sext(numbers, ints), floats)
+            numbers = [emit.load(octets, emit.address(line, (LANES, vector)), align=16) for line in lines]
+            weight = pairs.of_int8(*numbers)
             for row in range(num_rows):
                 which = row * len(vectors) + at
-                totals[which] = emit.multiply_add(weight, inputs[row], sums[which])
+                totals[which] = pairs.add(sums[which], weight, inputs[row])
         return totals
 
-    sums = emit.loop(num_inputs, [NO_FLOATS] * num_rows * len(vectors), add_input)
+    sums = emit.loop(num_pairs, [NO_FLOATS] * num_rows * len(vectors), add_pair)
     for at, vector in enumerate(vectors):
         scale = emit.load(floats, emit.address(scales, (4 * LANES, vector)), align=4)
         for row in range(num_rows):
             which = row * len(vectors) + at
             sums[which] = builder.fmul(sums[which], scale)
     _store(emit, sums, num_rows, vectors, out)
-
-
-def _inputs(emit, num_rows, x, row_bytes, place):
-    """One input of each row, in all lanes."""
-    return [
-        emit.spread(emit.load(f32, emit.address(x, (row_bytes, row), (place, 4)), align=4), floats)
-        for row in range(num_rows)
-    ]
 
 
 def int4_sums_of(num_rows, pairs_of=None):

@@ -60,13 +60,13 @@ def _half_sums(together, x, in_size, block, out):
 @inline
 def _int8_sums(together, x, in_size, block, scales, out):
     if together == 8:
-        _int8_8(x, 4 * in_size, block, in_size, scales, out)
+        _int8_8(x, 2 * in_size, block, in_size // 2, scales, out)
     elif together == 4:
-        _int8_4(x, 4 * in_size, block, in_size, scales, out)
+        _int8_4(x, 2 * in_size, block, in_size // 2, scales, out)
     elif together == 2:
-        _int8_2(x, 4 * in_size, block, in_size, scales, out)
+        _int8_2(x, 2 * in_size, block, in_size // 2, scales, out)
     else:
-        _int8_1(x, 4 * in_size, block, in_size, scales, out)
+        _int8_1(x, 2 * in_size, block, in_size // 2, scales, out)
 
 
 @inline
@@ -145,7 +145,7 @@ def _product_chunk(numbers, chunk):
     x, weight, bias, addend, out = arguments[0], arguments[1], arguments[2], arguments[3], arguments[4]
     num_rows, in_size, out_size = arguments[5], arguments[6], arguments[7]
     chunk_size, num_blocks, num_chunks = arguments[8], arguments[9], arguments[10]
-    kind, beside_x, scales, group_size = arguments[11], arguments[12], arguments[13], arguments[14]
+    kind, all_sums, scales, group_size = arguments[11], arguments[12], arguments[13], arguments[14]
     first_word, num_parts, num_segments, max_rank = arguments[15], arguments[16], arguments[17], arguments[18]
     table = longs(arguments[19], (arguments[20], num_parts, 3))
     starts, slots = ints(arguments[21], num_segments + 1), ints(arguments[22], num_segments)
@@ -167,11 +167,11 @@ def _product_chunk(numbers, chunk):
                 rows, weights = x + 2 * first_row * in_size, weight + 2 * column * in_size
                 _half_sums(together, rows, in_size, weights, sums.ctypes.data)
             elif kind == INT8:
-                rows, weights = beside_x + 4 * first_row * in_size, weight + column * in_size
+                rows, weights = x + 2 * first_row * in_size, weight + column * in_size
                 _int8_sums(together, rows, in_size, weights, scales + 4 * column, sums.ctypes.data)
             else:
                 rows, weights = x + 2 * first_row * in_size, weight + column * in_size // 2
-                groups, input_sums = scales + 4 * column, beside_x + 4 * first_row * (in_size // group_size)
+                groups, input_sums = scales + 4 * column, all_sums + 4 * first_row * (in_size // group_size)
                 _int4_sums(together, rows, in_size, weights, group_size, groups, out_size, input_sums, sums.ctypes.data)
             if num_segments > 0:
                 wait_for_zero(first_word)
@@ -218,7 +218,7 @@ def product(
     x = x.contiguous()
     addend = None if addend is None else addend.contiguous()
     num_rows, out_size = len(x), weight.out_size
-    beside_x = _beside(x, weight)
+    input_sums = _input_sums(x, weight)
     out = x.new_empty(num_rows, out_size, dtype=torch.float32 if is_wide else x.dtype)
     num_blocks = out_size // BLOCK
     chunk_size = max(num_blocks // _CHUNKS, 1)
@@ -238,18 +238,16 @@ def product(
         _LAYOUT, num_chunks + num_tasks, _product_chunk.address, x.data_ptr(), weight.address,
         0 if bias is None else bias.data_ptr(), 0 if addend is None else addend.data_ptr(), out.data_ptr(),
         num_rows, weight.in_size, out_size, chunk_size, num_blocks, num_chunks, weight.kind,
-        0 if beside_x is None else beside_x.data_ptr(), weight.scales, weight.group_size, team.first_word, *adapters,
-        is_wide, num_first=num_tasks,
+        0 if input_sums is None else input_sums.data_ptr(), weight.scales, weight.group_size, team.first_word,
+        *adapters, is_wide, num_first=num_tasks,
     )  # fmt: skip
     return out
 
 
-def _beside(x: Tensor, weight: BlockedWeight) -> Tensor | None:
-    """What a kind of weight needs of x beside x itself: 8 bits its float32 numbers, 4 bits the sums of its groups."""
-    if weight.kind == HALF:
+def _input_sums(x: Tensor, weight: BlockedWeight) -> Tensor | None:
+    """The sums of the inputs of each row and group [T, groups], for a weight with offsets."""
+    if weight.kind != INT4:
         return None
-    if weight.kind == INT8:
-        return x.float()
     num_groups = weight.in_size // weight.group_size
     sums = torch.empty(len(x), num_groups)
     _sum_groups(x.data_ptr(), len(x), num_groups, weight.group_size, sums.data_ptr())

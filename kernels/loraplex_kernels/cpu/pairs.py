@@ -7,7 +7,7 @@ import numba
 from llvmlite import ir
 from numba.core.codegen import get_host_cpu_features
 
-from loraplex_kernels.cpu.emit import LANES, Emit, floats, i16
+from loraplex_kernels.cpu.emit import LANES, Emit, floats, i16, ints
 
 INT4_ZERO = 8
 
@@ -33,6 +33,10 @@ _INT4_HALVES = (
 ) * 2  # fmt: skip
 
 
+def _floats_of_int8(builder, numbers):
+    return builder.sitofp(builder.sext(numbers, ints), floats)
+
+
 class HalfPairs:
     """Pairs stay bfloat16, side by side in 32 bits."""
 
@@ -51,6 +55,13 @@ class HalfPairs:
         table = ir.Constant(_shorts, list(_INT4_HALVES))
         found = self._emit.call("llvm.x86.avx512.permvar.hi.512", _shorts, table, builder.bitcast(spread, _shorts))
         return builder.bitcast(found, _halves)
+
+    def of_int8(self, first, second):
+        """Pairs of numbers of 8 bits, the first ones and the second ones."""
+        builder = self._emit.builder
+        # Eight bits are exact in bfloat16, so that the lower halves of the float32 numbers are zeros.
+        lower, upper = (builder.bitcast(_floats_of_int8(builder, numbers), ints) for numbers in (first, second))
+        return builder.bitcast(builder.or_(builder.lshr(lower, self._emit.every(16)), upper), _halves)
 
     def add(self, total, weights, inputs):
         """total + the products of both."""
@@ -72,6 +83,10 @@ class FloatPairs:
         builder, zero = self._emit.builder, self._emit.every(INT4_ZERO)
         numbers = builder.and_(both, self._emit.every(15)), builder.lshr(both, self._emit.every(4))
         return tuple(builder.sitofp(builder.sub(number, zero), floats) for number in numbers)
+
+    def of_int8(self, first, second):
+        """Pairs of numbers of 8 bits, the first ones and the second ones."""
+        return tuple(_floats_of_int8(self._emit.builder, numbers) for numbers in (first, second))
 
     def add(self, total, weights, inputs):
         """total + the products of both."""
