@@ -5,8 +5,8 @@ import msgspec
 from loraplex_server.adapter_location import AdapterLocation
 from loraplex_server.wanted_merge import WantedMerge
 
-# The source of what was uploaded.
-UPLOAD = "upload"
+# The sources of what was uploaded, and of what was made of others.
+UPLOAD, MERGE = "upload", "merge"
 
 
 class AdapterOrigin(msgspec.Struct, frozen=True, kw_only=True, tag="adapter"):
@@ -28,6 +28,11 @@ class MergeOrigin(msgspec.Struct, frozen=True, kw_only=True, tag="merge"):
 
     wanted: WantedMerge
     parts: tuple[AdapterOrigin, ...]
+
+    @property
+    def source(self) -> str:
+        """The source's name."""
+        return MERGE
 
 
 Origin = AdapterOrigin | MergeOrigin

@@ -73,13 +73,18 @@ class AdapterVersion:
         return self.location or (self.origin.location if isinstance(self.origin, AdapterOrigin) else None)
 
     @property
+    def source(self) -> str:
+        """The name of the kind of place that its content comes from."""
+        known = self.spec or self.origin or self.location
+        assert known is not None, "it was checked at the start, or has a place or an origin"
+        return known.source
+
+    @property
     def label(self) -> str:
         """Where it comes from, for operators."""
         if self.place is not None:
             return str(self.place)
-        if self.merge is not None:
-            return self.merge.name
-        return self.spec.source if self.spec is not None else ""
+        return self.source if self.merge is None else self.merge.name
 
 
 @dataclass(slots=True, eq=False)

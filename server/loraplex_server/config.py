@@ -190,7 +190,8 @@ class AdapterSourceConfig:
         "bucket, or bucket/prefix, where requests may name adapters (source s3); none given means none; repeatable",
     )
     adapter_list: str | None = setting(
-        None, "file of adapters, one a line as in --lora-adapters, each found and checked on its first use"
+        None,
+        "file of adapters, one a line as in --lora-adapters or a merge as JSON, each found and checked on its first use",
     )
     adapter_state: str | None = setting(
         None,

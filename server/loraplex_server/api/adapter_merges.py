@@ -11,6 +11,7 @@ from loraplex_models.adapters.manifest import module_shapes
 from loraplex_models.adapters.merge_recipe import MergePart, MergeRecipe
 from loraplex_models.config import ModelConfig
 from loraplex_server.adapter_contents import AdapterContents
+from loraplex_server.adapter_origin import MERGE
 from loraplex_server.adapter_registry import UseCount
 from loraplex_server.api.found_adapter import FoundAdapter
 from loraplex_server.api.job import AdapterAccess
@@ -20,7 +21,6 @@ from loraplex_server.wanted_merge import WantedMerge
 
 # Merges that stay known after their requests have ended, so that the same mixture need not be made again.
 MAX_KEPT = 32
-MERGE = "merge"
 
 
 @dataclass(frozen=True, slots=True)

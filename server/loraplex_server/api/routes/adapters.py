@@ -189,7 +189,7 @@ def _version(finder: AdapterFinder, version: AdapterVersion, share: float) -> Ve
     return VersionInfo(
         version=version.version,
         share=share,
-        source=spec.source if spec is not None else location.source if location is not None else "",
+        source=version.source,
         id=finder.place_of(location) if location is not None else version.label,
         revision=known.revision if known is not None else None,
         digest=known.digest if known is not None else None,
