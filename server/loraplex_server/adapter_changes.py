@@ -174,9 +174,10 @@ class AdapterChanges:
         kept = []
         for one in versions:
             origin = one.origin
-            if origin is None:
-                assert one.spec is not None, "without an origin it was checked at the start"
+            if origin is None and one.spec is not None:
                 origin = self._origin_of(one.spec, one.location, None)
+            elif origin is None:
+                origin = AdapterOrigin(location=one.location)  # of the start's list, and not looked at yet
             kept.append(KeptVersion(version=one.version, origin=origin))
         return KeptName(name=name, versions=tuple(kept), split=dict(split), pinned=is_pinned)
 

@@ -191,7 +191,7 @@ class AdapterSourceConfig:
     )
     adapter_list: str | None = setting(
         None,
-        "file of adapters, one a line as in --lora-adapters or a merge as JSON, each found and checked on its first use",
+        "file of adapters, one a line as in --lora-adapters or a merge as JSON; each is looked at on its first use",
     )
     adapter_state: str | None = setting(
         None,

@@ -113,6 +113,25 @@ def test_all_that_names_stand_for_is_there_again(world: AdapterWorld) -> None:
     assert len(world.hub.requests) > calls
 
 
+def test_names_of_the_start_list_can_be_changed_before_they_are_looked_at(world: AdapterWorld) -> None:
+    (world.folder / "list").write_text(f"a={world.place('a', 1)}\nb={world.place('b', 2)}\n")
+    settings = {"adapter_list": str(world.folder / "list")}
+    said: dict[str, str] = {}
+
+    async def first(server: TestServer) -> None:
+        assert (await server.http.put("/adapters/a", json={"pinned": True})).status_code == 200
+        await upload(server, world, "b", 3, version="2", activate="false")
+        said.update(await answers(server))
+        assert (await server.http.put("/adapters/a", json={"pinned": False})).status_code == 200
+
+    async def second(server: TestServer) -> None:
+        assert await answers(server) == said
+
+    serve(world, first, **settings)
+    serve(world, second, **settings)
+    serve(world, first, adapter_state=None, **settings)
+
+
 def test_what_the_hub_had_then_is_served_although_it_has_moved_on_or_is_gone(world: AdapterWorld) -> None:
     world.publish("acme/legal", 4)
     said: list[str] = []
