@@ -97,17 +97,18 @@ def sum_rows(rows: Tensor, tiles: ExpertTiles, delta: RowDelta | None = None) ->
     return _reference.sum_rows(rows, tiles, delta)
 
 
-def adapter_tiles(tiles: ExpertTiles) -> RowTiles:
+def adapter_tiles(tiles: ExpertTiles, most_runs: int) -> RowTiles:
     """Cut the rows that have adapters into tiles of one expert and adapter, whose slot is that of `row_slots`.
 
-    A tile also ends at each multiple of its height.
+    A tile also ends at each multiple of its height. `most_runs`: how many runs of one adapter's rows there are at most.
     """
     row_slots = tiles.row_slots
     assert row_slots is not None, "rows were routed without their adapters"
     if on_gpu(row_slots):
         from loraplex_kernels.gpu import moe as _gpu  # Triton exists on GPU machines only
 
-        cut = _gpu.cut_rows(row_slots, tiles.tile_rows)
+        most = min(len(row_slots), most_runs + len(row_slots) // tiles.tile_rows)
+        cut = _gpu.cut_rows(row_slots, tiles.tile_rows, most)
     else:
         cut = _reference.cut_rows(row_slots, tiles.tile_rows)
     return RowTiles(*cut, row_slots, tiles.tile_rows)

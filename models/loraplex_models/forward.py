@@ -1,5 +1,6 @@
 """The tensors of one step, as the model sees them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,7 +33,7 @@ class AttentionBatch:
 class LoraBatch:
     """Which adapter each token has, and which linears that concerns. Made by `AdapterSlots.route`.
 
-    On a GPU kernels read rank pages, by `tiles` and `pages`, and all tables are None.
+    On a GPU kernels read rank pages, by `tiles`, `pages` and `expert_pages`, and all tables are None.
     """
 
     segments: LoraSegments
@@ -44,6 +45,8 @@ class LoraBatch:
     tiles: RowTiles | None = None
     experts: ExpertDeltas | None = None  # absent when no adapter of the batch touches experts
     pages: tuple[LinearPages | None, ...] = ()  # by the linear's index, as the tables
+    # By layer those of the two linears of experts, where a slot is `slot * experts + expert`; None: none is touched.
+    expert_pages: Mapping[int, tuple[LinearPages, LinearPages]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

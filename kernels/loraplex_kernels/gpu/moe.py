@@ -210,10 +210,9 @@ def route_rows(
     return weights, rows, tokens, row_slots, starts, counts, owners, num_tiles
 
 
-def cut_rows(row_slots: Tensor, tile_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cut_rows(row_slots: Tensor, tile_rows: int, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows = len(row_slots)
-    # Each row may have an adapter that its neighbours do not have.
-    starts, counts, slots = row_slots.new_empty(3, num_rows).unbind(0)
+    starts, counts, slots = row_slots.new_empty(3, most).unbind(0)
     num_tiles = row_slots.new_empty(1)
     if num_rows == 0:
         return starts, counts, slots, num_tiles.zero_()

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from loraplex_kernels.moe_tiles import ExpertTiles, route_rows, sum_rows
+from loraplex_kernels.lora_pages import LinearPages, row_delta
+from loraplex_kernels.moe_tiles import ExpertTiles, adapter_tiles, route_rows, sum_rows
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
 from loraplex_models.config import ExpertsConfig
 from loraplex_models.forward import LoraBatch
@@ -39,8 +40,7 @@ class TiledExpertLinear:
             ]
             for expert in range(self._num_experts)
         ]
-        # Some quantisers write biases of zeros.
-        if any(part.bias is not None and bool(part.bias.any()) for parts in experts for part in parts):
+        if any(part.bias is not None for parts in experts for part in parts):
             raise CheckpointError(f"{prefix}{self._prefix}: experts with biases are not served on a GPU")
         self._weights = keep_experts(experts, self._keeping)
 
@@ -60,6 +60,8 @@ class TiledExperts:
         prefix = f"layers.{index}.{config.names.block}.experts"
         self._up = TiledExpertLinear(build, prefix, hidden_size, up_parts, config.num_experts)
         self._down = TiledExpertLinear(build, prefix, config.inner_size, down_parts, config.num_experts)
+        self._index = index
+        self._num_experts = config.num_experts
         self._num_chosen = config.num_chosen
         self._rescales = config.rescales
         self._activate = activate
@@ -76,7 +78,25 @@ class TiledExperts:
 
     def forward(self, x: Tensor, scores: Tensor, lora: LoraBatch | None, addend: Tensor | None) -> Tensor:
         """Return what the chosen experts give, plus `addend`."""
-        tiles = route_rows(scores, self._num_chosen, self._rescales)
-        inner = self._activate(self._up.forward(x, tiles, is_by_token=True))
-        out = sum_rows(self._down.forward(inner, tiles, is_by_token=False), tiles)
+        pages = None if lora is None or lora.expert_pages is None else lora.expert_pages[self._index]
+        if lora is None or pages is None:
+            tiles = route_rows(scores, self._num_chosen, self._rescales)
+            inner = self._activate(self._up.forward(x, tiles, is_by_token=True))
+            out = sum_rows(self._down.forward(inner, tiles, is_by_token=False), tiles)
+        else:
+            out = self._forward_adapted(x, scores, pages, lora)
         return out if addend is None else out + addend
+
+    def _forward_adapted(
+        self, x: Tensor, scores: Tensor, pages: tuple[LinearPages, LinearPages], lora: LoraBatch
+    ) -> Tensor:
+        token_tiles = lora.tiles
+        assert token_tiles is not None
+        tiles = route_rows(scores, self._num_chosen, self._rescales, token_tiles.row_slots)
+        # Each tile of tokens is of one adapter, so an expert has at most as many runs of one adapter's rows.
+        rows = adapter_tiles(tiles, len(token_tiles.starts) * self._num_experts)
+        gathered = x.index_select(0, tiles.tokens)
+        up, delta = row_delta(gathered, pages[0], rows, lambda: self._up.forward(gathered, tiles, is_by_token=False))
+        inner = self._activate(up, delta)
+        down, delta = row_delta(inner, pages[1], rows, lambda: self._down.forward(inner, tiles, is_by_token=False))
+        return sum_rows(down, tiles, delta)

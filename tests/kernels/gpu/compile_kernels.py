@@ -112,7 +112,7 @@ def call_all(dtype: torch.dtype) -> None:
     for num_tokens, tile_rows in ((8, 16), (64, 64)):
         slots = torch.zeros(num_tokens, dtype=torch.int32)
         routed = ExpertTiles(*moe.route_rows(numbers(num_tokens, 128), 8, True, slots, tile_rows), tile_rows)
-        moe.cut_rows(slots, tile_rows)
+        moe.cut_rows(slots, tile_rows, num_tokens)
         moe.expert_linear(numbers(num_tokens, 2048), weight, routed, True)
         grouped_linear.grouped_expert_linear(numbers(num_tokens, 4096), experts, routed, True)
     moe.sum_rows(numbers(512, 4096), routed, delta)

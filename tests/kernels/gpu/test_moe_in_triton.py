@@ -4,14 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rank_pages import scattered_pages
 from test_grouped_linear_in_triton import quantized
 from torch import Tensor
 from triton_cases import DEVICE, DTYPES, assert_near, error
 
-from loraplex_kernels import moe_tiles
+from loraplex_kernels import dispatch, lora_pages, moe_tiles
+from loraplex_kernels.activation import silu_and_mul
 from loraplex_kernels.gpu import grouped_linear as gpu_grouped
 from loraplex_kernels.gpu import moe as gpu
 from loraplex_kernels.grouped_linear import PackedGroups, pack_groups, stack_groups
+from loraplex_kernels.lora_pages import RowDelta
 from loraplex_kernels.moe_tiles import ExpertTiles
 from loraplex_kernels.reference import moe_tiles as reference
 
@@ -91,8 +94,9 @@ def test_equal_scores_go_to_the_first_experts_and_no_number_to_some() -> None:
 
 
 def assert_same_cut(row_slots: Tensor, tile_rows: int) -> None:
-    ours, truth = gpu.cut_rows(row_slots, tile_rows), reference.cut_rows(row_slots, tile_rows)
+    truth = reference.cut_rows(row_slots, tile_rows)
     count = int(truth[3])
+    ours = gpu.cut_rows(row_slots, tile_rows, max(count, 1))
     assert int(ours[3]) == count
     for mine, true in zip(ours[:3], truth[:3], strict=True):
         assert torch.equal(mine[:count], true)
@@ -164,6 +168,30 @@ def test_a_token_is_the_sum_of_its_experts_by_weight(dtype: torch.dtype) -> None
     tiles = tiles_of(scores_of(13, 7), 3)
     rows = torch.randn(39, 600).to(DEVICE, dtype)
     assert_near(gpu.sum_rows(rows, tiles, None), reference.sum_rows(rows, tiles, None))
+
+
+def test_adapters_on_experts_get_their_own_deltas_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots 0 and 2 of three have pairs, some experts of these only, at their own ranks; slot 1 has none."""
+    num_experts, sizes = 4, (24, (20, 20))
+    ranks = {0: (5, 5), 1: (0, 9), 3: (3, 3), 8: (17, 1), 10: (8, 0)}
+    pages = scattered_pages([sizes], {0: ranks}, torch.float32, num_slots=12).linear(0)
+    token_slots = torch.tensor([0] * 9 + [-1] * 3 + [1] * 2 + [2] * 7, dtype=torch.int32, device=DEVICE)
+    x = torch.randn(21, sizes[0], device=DEVICE)
+    found = []
+    for interprets in (True, False):
+        monkeypatch.setattr(dispatch, "INTERPRETS", interprets)
+        torch.manual_seed(1)
+        tiles = moe_tiles.route_rows(scores_of(21, num_experts), 2, True, token_slots, 16)
+        rows = moe_tiles.adapter_tiles(tiles, most_runs=12)
+        given = x[tiles.tokens.long()]
+        delta = torch.full((42, 40), 7.0, device=DEVICE)
+        lora_pages.expand_rows(lora_pages.shrink_rows(given, pages, rows), pages, rows, delta)
+        up = silu_and_mul(torch.ones(42, 40, device=DEVICE), RowDelta(delta, pages, rows))
+        found.append((delta, up))
+    (ours, our_up), (truth, true_up) = found
+    assert_near(ours, truth)
+    assert_near(our_up, true_up)
+    assert 0 < (truth != 7).sum() < truth.numel()
 
 
 def test_no_rows_give_none() -> None:
