@@ -48,12 +48,16 @@ class LinearPages:
         return self.page_table.shape[2] * PAGE_RANKS
 
 
+# By linear and part an adapter's rank there, and where its pages start.
+Modules = Mapping[tuple[int, int], tuple[int, Sequence[int]]]
+
+
 @dataclass(frozen=True, slots=True)
 class TableRows:
-    """One adapter's rows of the tables, in host memory that a GPU reads without the host."""
+    """The tables' rows of a slot or of neighbouring ones, in host memory that a GPU reads without the host."""
 
-    starts: Tensor  # [all parts, most pages] int64
-    ranks: Tensor  # [all parts] int32
+    starts: Tensor  # [slots, all parts, most pages] int64
+    ranks: Tensor  # [slots, all parts] int32
 
 
 class RankPages:
@@ -87,32 +91,33 @@ class RankPages:
             self._blocks[part_sizes], self._borders[part_sizes], in_size, part_sizes,
         )  # fmt: skip
 
-    def rows(self, modules: Mapping[tuple[int, int], tuple[int, Sequence[int]]]) -> TableRows:
-        """An adapter's rows of the tables: by linear and part its rank there and where its pages start. Any thread."""
+    def rows(self, *slots: Modules) -> TableRows:
+        """The tables' rows of neighbouring slots with these modules. Any thread may ask."""
         is_gpu = self._cells.is_cuda
-        starts = torch.zeros(self._page_table.shape[1:], dtype=torch.int64, pin_memory=is_gpu)
-        ranks = torch.zeros(self._ranks.shape[1], dtype=torch.int32, pin_memory=is_gpu)
+        starts = torch.zeros(len(slots), *self._page_table.shape[1:], dtype=torch.int64, pin_memory=is_gpu)
+        ranks = torch.zeros(len(slots), self._ranks.shape[1], dtype=torch.int32, pin_memory=is_gpu)
         starts_there, ranks_there = starts.numpy(), ranks.numpy()
-        for (linear, part), (rank, pages) in modules.items():
-            place = self._first[linear] + part
-            assert len(pages) == -(-rank // PAGE_RANKS), f"{len(pages)} pages for rank {rank}"
-            starts_there[place, : len(pages)] = pages
-            ranks_there[place] = rank
+        for slot, modules in enumerate(slots):
+            for (linear, part), (rank, pages) in modules.items():
+                place = self._first[linear] + part
+                assert len(pages) == -(-rank // PAGE_RANKS), f"{len(pages)} pages for rank {rank}"
+                starts_there[slot, place, : len(pages)] = pages
+                ranks_there[slot, place] = rank
         return TableRows(starts, ranks)
 
-    def put(self, slot: int, modules: Mapping[tuple[int, int], tuple[int, Sequence[int]]]) -> None:
+    def put(self, slot: int, modules: Modules) -> None:
         """Let a slot have an adapter, whose modules are as `rows` wants them."""
         self.put_rows(slot, self.rows(modules))
 
-    def put_rows(self, slot: int, rows: TableRows) -> None:
-        """Let a slot have an adapter; the host does not wait."""
+    def put_rows(self, first_slot: int, rows: TableRows) -> None:
+        """Let a slot, or neighbouring ones, have an adapter; the host does not wait."""
         # torch keeps pinned memory until the copies that read it are done.
-        self._page_table[slot].copy_(rows.starts, non_blocking=True)
-        self._ranks[slot].copy_(rows.ranks, non_blocking=True)
+        self._page_table[first_slot : first_slot + len(rows.ranks)].copy_(rows.starts, non_blocking=True)
+        self._ranks[first_slot : first_slot + len(rows.ranks)].copy_(rows.ranks, non_blocking=True)
 
-    def clear(self, slot: int) -> None:
-        """Let a slot have no adapter."""
-        self._ranks[slot].zero_()
+    def clear(self, first_slot: int, num_slots: int = 1) -> None:
+        """Let slots have no adapter."""
+        self._ranks[first_slot : first_slot + num_slots].zero_()
 
 
 def write_pages(pages: Tensor, a: Tensor, b: Tensor) -> None:

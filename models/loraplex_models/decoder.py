@@ -19,6 +19,7 @@ from loraplex_models.layers.mlp import MLP
 from loraplex_models.layers.moe import SparseMLP
 from loraplex_models.layers.norm import RMSNorm, add_and_norm
 from loraplex_models.layers.rotary import RopeError, Rotary
+from loraplex_models.layers.tiled_moe import TiledExpertLinear
 from loraplex_models.parallel import ParallelGroup
 from loraplex_quant.keep import Keeping
 from loraplex_quant.method import WeightFormat
@@ -161,6 +162,8 @@ class CausalLM:
         attention, build = self._make_attention(), Build(keeping, group)
         self._embedding = build.embedding(config.vocab_size, config.hidden_size)
         self.layers = [self.layer_class(config, i, attention, build) for i in range(config.num_layers)]
+        for index, linear in enumerate(self.expert_linears, len(self.linears)):
+            linear.index = index
         self._norm = self.layer_class.norm_class(config.hidden_size, config.norm_eps, dtype, device)
         self._head = build.head(config.vocab_size, config.hidden_size)
 
@@ -168,6 +171,12 @@ class CausalLM:
     def linears(self) -> tuple[Linear, ...]:
         """All linears that adapters may change, by their index."""
         return tuple(linear for layer in self.layers for linear in layer.linears)
+
+    @property
+    def expert_linears(self) -> tuple[TiledExpertLinear, ...]:
+        """On a GPU the experts' linears that adapters may change, layer by layer up and down; by their index."""
+        sparse = [layer.mlp for layer in self.layers if isinstance(layer.mlp, SparseMLP)]
+        return tuple(linear for mlp in sparse for linear in mlp.expert_linears)
 
     @property
     def can_be_captured(self) -> bool:

@@ -1,6 +1,5 @@
 """The tensors of one step, as the model sees them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,7 +32,7 @@ class AttentionBatch:
 class LoraBatch:
     """Which adapter each token has, and which linears that concerns. Made by `AdapterSlots.route`.
 
-    On a GPU kernels read rank pages, by `tiles`, `pages` and `expert_pages`, and all tables are None.
+    On a GPU kernels read rank pages, by `tiles` and `pages`, and all tables are None.
     """
 
     segments: LoraSegments
@@ -44,9 +43,8 @@ class LoraBatch:
     head: HeadExtras | None = None
     tiles: RowTiles | None = None
     experts: ExpertDeltas | None = None  # absent when no adapter of the batch touches experts
-    pages: tuple[LinearPages | None, ...] = ()  # by the linear's index, as the tables
-    # By layer those of the two linears of experts, where a slot is `slot * experts + expert`; None: none is touched.
-    expert_pages: Mapping[int, tuple[LinearPages, LinearPages]] | None = None
+    # By the linear's index, as the tables; then those of experts, where a slot is `slot * experts + expert`.
+    pages: tuple[LinearPages | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from engines import EngineBench
+from expert_adapters import BOTH, write_adapter
 from paged_model import PagedModel, random_tokens, true_logits
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, make_tiny
 from tiny_models import load_peft, unload_peft
@@ -27,7 +27,6 @@ from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
 
 TOLERANCE = 5e-4
-BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 EXPERT_LINEARS = {"Qwen3-MoE": ("gate_proj", "up_proj", "down_proj"), "Mixtral": ("w1", "w3", "w2")}
 BLOCKS = {"Qwen3-MoE": "mlp", "Mixtral": "block_sparse_moe"}
 
@@ -37,18 +36,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of peft about names that it brings to those of transformers 5
         yield
-
-
-def write_adapter(folder: Path, model: PreTrainedModel, **fields: Any) -> Path:
-    torch.manual_seed(len(str(fields)))
-    adapted = get_peft_model(model, LoraConfig(**({"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | fields)))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3 if "lora_A" in name else 0.15)
-    adapted.save_pretrained(str(folder))
-    unload_peft(adapted)
-    return folder
 
 
 def write_older_adapter(folder: Path, model: PreTrainedModel, name: str) -> Path:

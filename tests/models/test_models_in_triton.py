@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from expert_adapters import BOTH, write_adapter
 from paged_model import PagedModel
 from ranks import run_ranks
 from slow_dequantization import FIXTURES
@@ -27,6 +28,7 @@ from loraplex_models.config import read_config
 from loraplex_models.cuts import RankPart
 from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
+from loraplex_quant.gpu_experts import PackedExperts
 from loraplex_quant.gpu_groups import GroupedOnGpu
 
 pytestmark = needs_interpreter
@@ -45,12 +47,17 @@ def run(model, slots: AdapterSlots) -> dict[str, torch.Tensor]:
     return {name: paged.logits(name) for name in PROMPTS}
 
 
-def both_ways(folder: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+def both_ways(
+    folder: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch, quantize: str | None = None
+) -> list[dict[str, torch.Tensor]]:
     """What the CPU's kernels give, and what Triton's give."""
     found = []
     for interprets, make in ((False, AdapterSlots), (True, lambda model, count: PagedAdapterSlots(model, count, 64))):
         monkeypatch.setattr(dispatch, "INTERPRETS", interprets)
-        model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single())
+        device, group = torch.device("cpu"), ParallelGroup.single()
+        model = load_model(folder, dtype=torch.float32, device=device, group=group, quantize=quantize)
+        if quantize is not None and interprets:
+            assert all(isinstance(linear._weights, PackedExperts) for linear in model.expert_linears)
         slots = make(model, 2)
         for slot, adapter in enumerate(adapters):
             manifest = check_adapter(adapter, model.config, max_rank=64)
@@ -119,6 +126,40 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
             return run_kernel(*arguments, **settings)
 
     monkeypatch.setattr(GridExecutor, "__call__", run_alone)
+
+
+def test_quantised_experts_stay_packed_and_give_the_same_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = FAMILIES["Mixtral"]
+    reference = make_tiny(family, tmp_path / "model", num_hidden_layers=1, intermediate_size=64)
+    adapter = make_family_adapter(tmp_path / "a", reference, family, rank=5)
+    found = both_ways(tmp_path / "model", [adapter], monkeypatch, quantize="int4")
+    for prompt in PROMPTS:
+        assert (found[0][prompt] - found[1][prompt]).abs().max() < 1e-3, prompt
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE"])
+def test_adapters_on_experts_give_the_same_logits_by_triton(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One adapter changes all linears of experts and one of attention, the other the down linears alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft about its support of stacked parameters
+        reference = make_tiny(FAMILIES[name], tmp_path / "model", num_hidden_layers=1)
+        adapters = [
+            write_adapter(tmp_path / "first", reference, target_modules=["q_proj"], target_parameters=BOTH, r=5),
+            write_adapter(tmp_path / "second", reference, target_modules=[], target_parameters=BOTH[1:], r=11),
+        ]
+    found = both_ways(tmp_path / "model", adapters, monkeypatch)
+    monkeypatch.setattr(dispatch, "INTERPRETS", False)
+    model = load_model(
+        tmp_path / "model", dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single()
+    )
+    base = run(model, AdapterSlots(model, 2))
+    for prompt in PROMPTS:
+        assert (found[0][prompt] - found[1][prompt]).abs().max() < 1e-3, prompt
+        assert prompt == "base" or (found[0][prompt] - base[prompt]).abs().max() > 0.05, prompt
 
 
 FEATURES: dict[str, dict[str, Any]] = {

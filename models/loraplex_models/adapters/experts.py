@@ -8,10 +8,10 @@ of gate_up_proj has `base_layer` in its name; the shapes say which one a single 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
 from loraplex_models.adapters.lora_config import LoraConfig
+from loraplex_models.adapters.pages import PAGE_ROWS, pages_for
 from loraplex_models.adapters.refusal import ManifestError, shown
 from loraplex_models.adapters.tensor_header import TensorEntry
 from loraplex_models.adapters.tensor_names import ModuleNames
@@ -31,7 +31,7 @@ class ExpertEntry:
     b_name: str
     rank: int  # of one expert
     scaling: float
-    num_elements: int
+    num_elements: int  # that it takes in rank pages
 
 
 def expert_entry(
@@ -72,7 +72,10 @@ def expert_entry(
             " config and weights are not of the same adapter"
         )
     scaling = lora.module_scaling(pattern_path, rank)
-    return ExpertEntry(layer, place, expert, a_name, b_name, rank, scaling, prod(a.shape) + prod(b.shape))
+    # Gate and up have pages of their own, each with a copy of an A that they share.
+    linears = (sizes["gate"], sizes["up"]) if place == "gate_up" else (sizes[place],)
+    num_elements = share * pages_for(rank) * PAGE_ROWS * sum(map(sum, linears))
+    return ExpertEntry(layer, place, expert, a_name, b_name, rank, scaling, num_elements)
 
 
 def _sizes(hidden: int, experts: ExpertsConfig) -> dict[Place, tuple[int, int]]:

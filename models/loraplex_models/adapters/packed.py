@@ -12,13 +12,12 @@ Change = Callable[[Tensor], Tensor]
 
 
 def map_tensors(adapter: PreparedAdapter, change: Change) -> PreparedAdapter:
-    """The same with each tensor changed, but for those of `modules`; in an order that depends on what is there only."""
+    """The same with each tensor changed that is no A or B of a linear; the order depends on what is there only."""
     return replace(
         adapter,
         changes=tuple((linear, part, _output(found, change)) for linear, part, found in adapter.changes),
         embedding=None if adapter.embedding is None else _end(adapter.embedding, change),
         head=None if adapter.head is None else _end(adapter.head, change),
-        experts={place: (change(a), change(b)) for place, (a, b) in adapter.experts.items()},
     )
 
 

@@ -43,8 +43,9 @@ PAGES_IN_FRAME = 4
 # What frames and pieces in them begin with a multiple of, in bytes: memory is read fastest so.
 ALIGNMENT = 256
 
-# By linear and part the rank there, and where its pages are.
-Places = dict[tuple[int, int], tuple[int, list[Place]]]
+# By linear, part, and expert where the linear is one of experts (else 0): the rank there, and where its pages are.
+Module = tuple[int, int, int]
+Places = dict[Module, tuple[int, list[Place]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class PagedAdapter(PreparedAdapter):
     block: Block = field(kw_only=True)
     places: Places = field(kw_only=True)
     rows: TableRows = field(kw_only=True)
+    expert_rows: TableRows | None = field(kw_only=True)  # of experts, where it changes any
     arrival: Fence = field(kw_only=True)
 
     def has_arrived(self) -> bool:
@@ -105,10 +107,17 @@ class PagedAdapterSlots(AdapterSlots):
         copies: Copies | None = None,
     ) -> None:
         super().__init__(model, num_slots)
+        experts = model.config.experts
+        self._num_linears = len(self._linears)
+        self._num_experts = experts.num_experts if experts is not None and model.expert_linears else 0
         shapes = [(linear.in_size, tuple(linear.parts.values())) for linear in self._linears]
-        self._sizes = shapes
+        expert_shapes = [(linear.in_size, tuple(linear.parts.values())) for linear in model.expert_linears]
+        self._sizes = shapes + expert_shapes
         page_bytes = [
-            self._page_bytes(index, part) for index, (_, sizes) in enumerate(shapes) for part in range(len(sizes))
+            self._page_bytes(index, part)
+            for index, (_, sizes) in enumerate(self._sizes)
+            for part in range(len(sizes))
+            for _ in range(self._num_experts if index >= self._num_linears else 1)
         ]
         self._frame_bytes = _aligned(PAGES_IN_FRAME * max(page_bytes))
         widest = pack([size for size in page_bytes for _ in range(-(-max_rank // PAGE_RANKS))], self._frame_bytes)
@@ -126,7 +135,16 @@ class PagedAdapterSlots(AdapterSlots):
         # What the allocator had the memory for before is done before anything is copied into it.
         self._ready = self._copies.mark()
         self._rank_pages = RankPages(memory.view(model.dtype), shapes, num_slots=num_slots, max_rank=max_rank)
-        self.pages: tuple[LinearPages, ...] = tuple(map(self._rank_pages.linear, range(len(shapes))))
+        # To the kernels each expert of each slot is a slot of its own.
+        self._expert_pages = RankPages(
+            memory.view(model.dtype), expert_shapes, num_slots=num_slots * self._num_experts, max_rank=max_rank
+        )
+        self.pages: tuple[LinearPages, ...] = (
+            *map(self._rank_pages.linear, range(len(shapes))),
+            *map(self._expert_pages.linear, range(len(expert_shapes))),
+        )
+        dense_layers = () if experts is None else experts.dense_layers
+        self._sparse_layers = [index for index in range(model.config.num_layers) if index not in dense_layers]
         self._blocks: dict[int, PagedAdapter] = {}
 
     def arrange(self, weights: AdapterWeights) -> ArrangedWeights:
@@ -135,7 +153,8 @@ class PagedAdapterSlots(AdapterSlots):
         For threads that no step waits for. Where the arena is full it gets ordinary memory, which copies are slower
         from.
         """
-        pairs, rest = self._finish(weights)
+        modules, rest = self._finish(weights)
+        pairs = self._placed(modules, weights)
         tensors: list[Tensor] = []
 
         def put_aside(tensor: Tensor) -> Tensor:
@@ -144,19 +163,19 @@ class PagedAdapterSlots(AdapterSlots):
 
         rest = map_tensors(rest, put_aside)
         pages = [(module, page) for module, (a, _) in pairs.items() for page in range(-(-len(a) // PAGE_RANKS))]
-        sizes = [self._page_bytes(*self._places[module]) for module, _ in pages]
+        sizes = [self._page_bytes(index, part) for (index, part, _), _ in pages]
         layout = pack([*sizes, *(_aligned(tensor.nbytes) for tensor in tensors)], self._frame_bytes)
         taken = self._host_arena.take(layout)
         block, fences = (own_block(layout, self._frame_bytes), []) if taken is None else taken
         try:
             wait_for(fences)
-            places: Places = {self._places[module]: (len(a), []) for module, (a, _) in pairs.items()}
+            places: Places = {module: (len(a), []) for module, (a, _) in pairs.items()}
             for (module, page), size, place in zip(pages, sizes, layout.places, strict=False):
                 a, b = pairs[module]
                 ranks = slice(page * PAGE_RANKS, (page + 1) * PAGE_RANKS)
                 cells = block.at(place, size).view(self._dtype).unsqueeze(0)
                 write_pages(cells, a[ranks].to(self._dtype), b[:, ranks].to(self._dtype))
-                places[self._places[module]][1].append(place)
+                places[module][1].append(place)
             rest_places = list(layout.places[len(pages) :])
             for tensor, place in zip(tensors, rest_places, strict=True):
                 _view(block, place, tensor).copy_(tensor)
@@ -186,17 +205,22 @@ class PagedAdapterSlots(AdapterSlots):
         if arranged is not weights:
             self.drop(arranged)
         itemsize = self._dtype.itemsize
-        rows = self._rank_pages.rows(
-            {
-                module: (rank, [block.start(place) // itemsize for place in places])
-                for module, (rank, places) in arranged.places.items()
-            }
-        )
+        tables: dict[int | None, dict[tuple[int, int], tuple[int, list[int]]]] = {None: {}}  # by expert
+        for (index, part, expert), (rank, places) in arranged.places.items():
+            starts = [block.start(place) // itemsize for place in places]
+            if index < self._num_linears:
+                tables[None][index, part] = rank, starts
+            else:
+                tables.setdefault(expert, {})[index - self._num_linears, part] = rank, starts
+        rows, expert_rows = self._rank_pages.rows(tables[None]), None
+        if len(tables) > 1:
+            by_expert = [tables.get(expert, {}) for expert in range(self._num_experts)]
+            expert_rows = self._expert_pages.rows(*by_expert)
         unplaced = iter(arranged.rest_places)
         rest = map_tensors(arranged.rest, lambda shape: _view(block, next(unplaced), shape))
         return PagedAdapter(
-            (), rest.changes, rest.embedding, rest.head, rest.experts, block=block, places=arranged.places, rows=rows,
-            arrival=arrival,
+            (), rest.changes, rest.embedding, rest.head, block=block, places=arranged.places, rows=rows,
+            expert_rows=expert_rows, arrival=arrival,
         )  # fmt: skip
 
     def install(self, slot: int, adapter: PreparedAdapter) -> None:
@@ -205,6 +229,8 @@ class PagedAdapterSlots(AdapterSlots):
         super().install(slot, adapter)
         self._copies.join(adapter.arrival)
         self._rank_pages.put_rows(slot, adapter.rows)
+        if adapter.expert_rows is not None:
+            self._expert_pages.put_rows(slot * self._num_experts, adapter.expert_rows)
         self._blocks[slot] = adapter
 
     def clear(self, slot: int) -> None:
@@ -213,6 +239,8 @@ class PagedAdapterSlots(AdapterSlots):
         adapter = self._blocks.pop(slot, None)
         if adapter is not None:
             self._rank_pages.clear(slot)
+            if adapter.expert_rows is not None:
+                self._expert_pages.clear(slot * self._num_experts, self._num_experts)
             self._device_arena.give(adapter.block, self._copies.mark())
 
     def drop(self, adapter: AdapterWeights | PreparedAdapter) -> None:
@@ -237,9 +265,23 @@ class PagedAdapterSlots(AdapterSlots):
         return None if batch is None else replace(batch, tiles=tiles, pages=self.pages_of(set(segment_slots)))
 
     def pages_of(self, slots: set[int]) -> tuple[LinearPages | None, ...]:
-        """Each linear's pages, by its index; None where no adapter of these slots touches it."""
-        touched = {index for slot in slots if slot in self._blocks for index, _ in self._blocks[slot].places}
+        """Each linear's pages, by its index, then those of experts; None where no adapter of these slots touches it."""
+        touched = {index for slot in slots if slot in self._blocks for index, _, _ in self._blocks[slot].places}
         return tuple(pages if index in touched else None for index, pages in enumerate(self.pages))
+
+    @property
+    def _takes_experts(self) -> bool:
+        return self._num_experts > 0
+
+    def _placed(
+        self, pairs: dict[str, tuple[Tensor, Tensor]], weights: AdapterWeights
+    ) -> dict[Module, tuple[Tensor, Tensor]]:
+        """A and B of all modules, those of experts among them."""
+        placed = {(*self._places[module], 0): pair for module, pair in pairs.items()}
+        for (layer, linear, part, expert), pair in weights.experts.items():
+            index = self._num_linears + 2 * self._sparse_layers.index(layer) + linear
+            placed[index, part, expert] = pair
+        return placed
 
     def _page_bytes(self, index: int, part: int) -> int:
         in_size, part_sizes = self._sizes[index]

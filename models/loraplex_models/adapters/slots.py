@@ -76,10 +76,14 @@ class AdapterSlots:
             # The tables want a rank's row of B dense.
             b = b.to(self._device, self._dtype).t().contiguous().t()
             modules.append((*self._places[module], a, b))
-        return replace(rest, modules=tuple(modules))
+        experts = {
+            place: (a.to(self._device, self._dtype), b.to(self._device, self._dtype))
+            for place, (a, b) in weights.experts.items()
+        }
+        return replace(rest, modules=tuple(modules), experts=experts)
 
     def _finish(self, weights: "AdapterWeights") -> tuple[dict[str, tuple[Tensor, Tensor]], PreparedAdapter]:
-        """Check an adapter and work out what it needs of the base: A and B by module, and all else on the device."""
+        """Check an adapter and work out what it needs of the base: A and B by module, all but experts on the device."""
         self._check(weights)
         pairs = dict(weights.modules)
         changes: list[tuple[int, int, OutputChange]] = []
@@ -91,11 +95,7 @@ class AdapterSlots:
         ends = {
             name: finish_end(self._model, name, end).to(self._device, self._dtype) for name, end in weights.ends.items()
         }
-        experts = {
-            place: (a.to(self._device, self._dtype), b.to(self._device, self._dtype))
-            for place, (a, b) in weights.experts.items()
-        }
-        return pairs, PreparedAdapter((), tuple(changes), ends.get("embed_tokens"), ends.get("lm_head"), experts)
+        return pairs, PreparedAdapter((), tuple(changes), ends.get("embed_tokens"), ends.get("lm_head"))
 
     def install(self, slot: int, adapter: PreparedAdapter) -> None:
         """Put an adapter into a slot, in place of what was there; no weight is copied."""
@@ -162,6 +162,11 @@ class AdapterSlots:
         self._last_route = (starts, slots, batch)
         return batch
 
+    @property
+    def _takes_experts(self) -> bool:
+        """Whether adapters may change experts."""
+        return self._experts is not None
+
     def _with_changes(self, batch: LoraBatch, used: frozenset[int]) -> LoraBatch:
         extras = tuple(None if used.isdisjoint(extra.slots) else extra for extra in self._extras)
         return replace(
@@ -172,8 +177,8 @@ class AdapterSlots:
         )
 
     def _check(self, weights: "AdapterWeights") -> None:
-        if weights.experts and self._experts is None:
-            raise ValueError("LoRA on experts is served on a CPU, on one rank, and on a base model with experts only")
+        if weights.experts and not self._takes_experts:
+            raise ValueError("LoRA on experts is served on one rank, and on a base model with experts only")
         sizes = {
             module: (linear.in_size, out_size) for linear in self._linears for module, out_size in linear.parts.items()
         }

@@ -13,7 +13,7 @@ from loraplex_models.config import ExpertsConfig
 from loraplex_models.forward import LoraBatch
 from loraplex_models.layers.build import Build
 from loraplex_models.layers.linear import Linear
-from loraplex_models.layers.tiled_moe import TiledExperts
+from loraplex_models.layers.tiled_moe import TiledExpertLinear, TiledExperts
 from loraplex_quant.method import QuantMethod
 
 
@@ -58,6 +58,11 @@ class Experts(Protocol):
     """The MLPs of all experts of a layer."""
 
     @property
+    def linears(self) -> tuple[TiledExpertLinear, ...]:
+        """The linears that adapters in rank pages may change; none on a CPU, where adapters are kept otherwise."""
+        ...
+
+    @property
     def num_bytes(self) -> int:
         """Size of the loaded weights."""
         ...
@@ -73,6 +78,8 @@ class Experts(Protocol):
 
 class ListedExperts:
     """Experts one after the other. See `Experts`."""
+
+    linears: tuple[TiledExpertLinear, ...] = ()
 
     def __init__(
         self, build: Build, index: int, hidden_size: int, config: ExpertsConfig, activate: Callable[..., Tensor]
@@ -126,6 +133,11 @@ class SparseMLP:
         make = TiledExperts if has_gpu_forms(build.device) else ListedExperts
         self._experts: Experts = make(build, index, hidden_size, config, activate)
         self._group = build.group
+
+    @property
+    def expert_linears(self) -> tuple[TiledExpertLinear, ...]:
+        """The experts' linears that adapters in rank pages may change: up, then down; none on a CPU."""
+        return self._experts.linears
 
     @property
     def num_bytes(self) -> int:

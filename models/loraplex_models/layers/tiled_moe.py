@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from loraplex_kernels.lora_pages import LinearPages, row_delta
+from loraplex_kernels.lora_pages import RowDelta, RowTiles, row_delta
 from loraplex_kernels.moe_tiles import ExpertTiles, adapter_tiles, route_rows, sum_rows
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
 from loraplex_models.config import ExpertsConfig
@@ -16,6 +16,7 @@ from loraplex_quant.gpu_experts import ExpertWeights, keep_experts
 class TiledExpertLinear:
     """One linear of every expert."""
 
+    index: int  # behind all other linears of the model, which gives it; the place in `LoraBatch.pages`
     _weights: ExpertWeights  # from `load` on
 
     def __init__(self, build: Build, prefix: str, in_size: int, parts: dict[str, int], num_experts: int) -> None:
@@ -48,6 +49,13 @@ class TiledExpertLinear:
         """Return each row's product, [R, out]; x: [T, in] with `is_by_token`, else [R, in]."""
         return self._weights.apply(x, tiles, is_by_token=is_by_token)
 
+    def project(self, x: Tensor, tiles: ExpertTiles, rows: RowTiles, lora: LoraBatch) -> tuple[Tensor, RowDelta | None]:
+        """Return each row's product, and apart from it what adapters add; x: [R, in]; `rows`: those with adapters."""
+        pages = lora.pages[self.index]
+        if pages is None:
+            return self.forward(x, tiles, is_by_token=False), None
+        return row_delta(x, pages, rows, lambda: self.forward(x, tiles, is_by_token=False))
+
 
 class TiledExperts:
     """All experts of a layer together. See `Experts`."""
@@ -60,7 +68,7 @@ class TiledExperts:
         prefix = f"layers.{index}.{config.names.block}.experts"
         self._up = TiledExpertLinear(build, prefix, hidden_size, up_parts, config.num_experts)
         self._down = TiledExpertLinear(build, prefix, config.inner_size, down_parts, config.num_experts)
-        self._index = index
+        self._is_whole = build.group.size == 1
         self._num_experts = config.num_experts
         self._num_chosen = config.num_chosen
         self._rescales = config.rescales
@@ -76,27 +84,27 @@ class TiledExperts:
         for linear in (self._up, self._down):
             linear.load(checkpoint, "model.")
 
+    @property
+    def linears(self) -> tuple[TiledExpertLinear, ...]:
+        """The linears that adapters may change: none where each rank has a part of them, as adapters are not cut so."""
+        return (self._up, self._down) if self._is_whole else ()
+
     def forward(self, x: Tensor, scores: Tensor, lora: LoraBatch | None, addend: Tensor | None) -> Tensor:
         """Return what the chosen experts give, plus `addend`."""
-        pages = None if lora is None or lora.expert_pages is None else lora.expert_pages[self._index]
-        if lora is None or pages is None:
+        if lora is None or all(lora.pages[linear.index] is None for linear in self.linears):
             tiles = route_rows(scores, self._num_chosen, self._rescales)
             inner = self._activate(self._up.forward(x, tiles, is_by_token=True))
             out = sum_rows(self._down.forward(inner, tiles, is_by_token=False), tiles)
         else:
-            out = self._forward_adapted(x, scores, pages, lora)
+            out = self._forward_adapted(x, scores, lora)
         return out if addend is None else out + addend
 
-    def _forward_adapted(
-        self, x: Tensor, scores: Tensor, pages: tuple[LinearPages, LinearPages], lora: LoraBatch
-    ) -> Tensor:
+    def _forward_adapted(self, x: Tensor, scores: Tensor, lora: LoraBatch) -> Tensor:
         token_tiles = lora.tiles
         assert token_tiles is not None
         tiles = route_rows(scores, self._num_chosen, self._rescales, token_tiles.row_slots)
         # Each tile of tokens is of one adapter, so an expert has at most as many runs of one adapter's rows.
         rows = adapter_tiles(tiles, len(token_tiles.starts) * self._num_experts)
-        gathered = x.index_select(0, tiles.tokens)
-        up, delta = row_delta(gathered, pages[0], rows, lambda: self._up.forward(gathered, tiles, is_by_token=False))
-        inner = self._activate(up, delta)
-        down, delta = row_delta(inner, pages[1], rows, lambda: self._down.forward(inner, tiles, is_by_token=False))
+        up, delta = self._up.project(x.index_select(0, tiles.tokens), tiles, rows, lora)
+        down, delta = self._down.project(self._activate(up, delta), tiles, rows, lora)
         return sum_rows(down, tiles, delta)

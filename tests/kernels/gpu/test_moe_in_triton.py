@@ -12,9 +12,10 @@ from triton_cases import DEVICE, DTYPES, assert_near, error
 from loraplex_kernels import dispatch, lora_pages, moe_tiles
 from loraplex_kernels.activation import silu_and_mul
 from loraplex_kernels.gpu import grouped_linear as gpu_grouped
+from loraplex_kernels.gpu import lora as gpu_lora
 from loraplex_kernels.gpu import moe as gpu
 from loraplex_kernels.grouped_linear import PackedGroups, pack_groups, stack_groups
-from loraplex_kernels.lora_pages import RowDelta
+from loraplex_kernels.lora_pages import LinearPages, RowDelta, RowTiles
 from loraplex_kernels.moe_tiles import ExpertTiles
 from loraplex_kernels.reference import moe_tiles as reference
 
@@ -170,6 +171,12 @@ def test_a_token_is_the_sum_of_its_experts_by_weight(dtype: torch.dtype) -> None
     assert_near(gpu.sum_rows(rows, tiles, None), reference.sum_rows(rows, tiles, None))
 
 
+def gpu_delta(x: Tensor, pages: LinearPages, rows: RowTiles) -> Tensor:
+    delta = torch.zeros(len(x), sum(pages.part_sizes), device=DEVICE)
+    gpu_lora.expand_rows(gpu_lora.shrink_rows(x, pages, rows), pages, rows, delta)
+    return delta
+
+
 def test_adapters_on_experts_get_their_own_deltas_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots 0 and 2 of three have pairs, some experts of these only, at their own ranks; slot 1 has none."""
     num_experts, sizes = 4, (24, (20, 20))
@@ -192,6 +199,14 @@ def test_adapters_on_experts_get_their_own_deltas_and_no_other(monkeypatch: pyte
     assert_near(ours, truth)
     assert_near(our_up, true_up)
     assert 0 < (truth != 7).sum() < truth.numel()
+    tiles = tiles_of(scores_of(21, num_experts), 2, 16, token_slots)
+    rows = moe_tiles.adapter_tiles(tiles, most_runs=12)
+    given = x[tiles.tokens.long()]
+    truth = gpu_delta(given, pages, rows)
+    slots = rows.slots.clone()
+    slots[: int(rows.num_tiles)] = rows.slots[: int(rows.num_tiles)].roll(1)
+    for faulty in (replace(rows, slots=slots), replace(rows, num_tiles=rows.num_tiles // 2)):
+        assert error(gpu_delta(given, pages, faulty), truth) > 0.05
 
 
 def test_no_rows_give_none() -> None:

@@ -80,13 +80,13 @@ class Device:
         """What a step does: at the time when it runs, find the adapter's numbers through the page table."""
         expected = self.truth.prepare(weights)
         places, views = adapter.places, tensors_of(adapter)
-        starts = adapter.rows.starts.clone()
+        starts = adapter.rows.starts[0].clone()
         cells, first = self.slots._rank_pages._cells, self.slots._rank_pages._first
 
         def compare() -> None:
             for index, part, a, b in expected.modules:
                 in_size, out_size = a.shape[1], len(b)
-                assert places[index, part][0] == len(a)
+                assert places[index, part, 0][0] == len(a)
                 for page in range(-(-len(a) // 8)):
                     start = int(starts[first[index] + part, page])
                     ranks = a[8 * page : 8 * page + 8]

@@ -1,13 +1,17 @@
 """What adapters take on a device: counted from the header, against what the paged slots allocate."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from adapter_files import SHAPES
 from engines import EngineBench, checked_spec
+from expert_adapters import BOTH, write_adapter
+from tiny_families import FAMILIES, make_tiny
 from tiny_models import make_peft_adapter, make_tiny_llama
 
+from loraplex_kernels import dispatch
 from loraplex_models.adapters.manifest import check_adapter, module_shapes
 from loraplex_models.adapters.paged_slots import PagedAdapterSlots
 from loraplex_models.adapters.pages import num_device_bytes, pages_for
@@ -57,7 +61,7 @@ def test_the_count_is_what_paged_slots_allocate(name: str, folder: Path) -> None
     slots = PagedAdapterSlots(model, 1, 64)
     arranged = slots.arrange(load_adapter_weights(folder / name, manifest, dtype=torch.float32))
     page_bytes = {
-        (linear.index, part): 8 * (linear.in_size + size) * 4
+        (linear.index, part, 0): 8 * (linear.in_size + size) * 4
         for linear in model.linears
         for part, size in enumerate(linear.parts.values())
     }
@@ -65,6 +69,31 @@ def test_the_count_is_what_paged_slots_allocate(name: str, folder: Path) -> None
     # Frames hold four of the largest pages; packing leaves less than one page of each empty, but for the last.
     frame = 4 * max(page_bytes.values())
     assert counted <= arranged.device_bytes == arranged.num_bytes <= counted * 4 / 3 + frame
+
+
+@pytest.mark.parametrize("targets", [BOTH, BOTH[1:]])
+def test_the_count_of_pages_on_experts_is_what_paged_slots_allocate(
+    targets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETS", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft about its support of stacked parameters
+        reference = make_tiny(FAMILIES["Mixtral"], tmp_path / "model", num_hidden_layers=1)
+        adapter = write_adapter(tmp_path / "a", reference, target_modules=["q_proj"], target_parameters=targets, r=11)
+    model = load_model(
+        tmp_path / "model", dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single()
+    )
+    manifest = check_adapter(adapter, model.config, max_rank=64)
+    counted = num_device_bytes(manifest.rank_rows, manifest.dense_elements, module_shapes(model.config), 4)
+    slots = PagedAdapterSlots(model, 1, 64)
+    arranged = slots.arrange(load_adapter_weights(adapter, manifest, dtype=torch.float32))
+    linears = {linear.index: linear for linear in (*model.linears, *model.expert_linears)}
+    taken = [
+        len(pages) * 8 * (linears[index].in_size + tuple(linears[index].parts.values())[part]) * 4
+        for (index, part, _), (_, pages) in arranged.places.items()
+    ]
+    assert sum(taken) == counted
+    assert len(taken) == 1 + 6 * (3 if targets == BOTH else 1)
 
 
 def test_ranks_8_and_64_side_by_side_take_one_to_eight_and_unloaded_nothing(folder: Path) -> None:

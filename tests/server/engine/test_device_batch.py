@@ -1,18 +1,23 @@
 """What a GPU step is given: one copy of all numbers, and decodes filled up to the size of a graph."""
 
 import random
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from expert_adapters import BOTH, write_adapter
 from msgspec.structs import replace
+from tiny_families import FAMILIES, make_tiny
 from tiny_models import make_peft_adapter, make_tiny_llama
 from triton_interpreter import needs_interpreter
 
 from loraplex_kernels import dispatch
 from loraplex_models.adapters.manifest import check_adapter
 from loraplex_models.adapters.paged_slots import PagedAdapterSlots
-from loraplex_models.adapters.weights import load_adapter_weights
+from loraplex_models.adapters.weights import AdapterWeights, load_adapter_weights
+from loraplex_models.decoder import CausalLM
 from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
 from loraplex_server.engine.device_batch import DeviceBatchBuilder
@@ -53,19 +58,35 @@ def test_every_batch_fits_a_graph_that_is_not_much_larger(largest: int) -> None:
         assert size - count < max(8, count / 2, 4)
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("graphs")
-    reference = make_tiny_llama(folder / "model")
+def with_experts(folder: Path) -> tuple[CausalLM, list[AdapterWeights]]:
+    """A model of experts in the forms of a GPU, an adapter on its experts and one on its attention."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft about its support of stacked parameters
+        reference = make_tiny(FAMILIES["Mixtral"], folder / "model", num_hidden_layers=1)
+        paths = [
+            write_adapter(folder / "0", reference, target_modules=["q_proj"], target_parameters=BOTH),
+            make_peft_adapter(folder / "1", reference, rank=18, target_modules=["v_proj", "o_proj"], seed=2),
+        ]
+    return loaded(folder, paths)
+
+
+def loaded(folder: Path, adapters: list[Path]) -> tuple[CausalLM, list[AdapterWeights]]:
     model = load_model(folder / "model", dtype=torch.float32, device=CPU, group=ParallelGroup.single())
-    adapters = [
-        make_peft_adapter(folder / "0", reference, rank=3),
-        make_peft_adapter(folder / "1", reference, rank=18, target_modules=["v_proj", "o_proj"], seed=2),
-    ]
     return model, [
         load_adapter_weights(path, check_adapter(path, model.config, max_rank=64), dtype=torch.float32)
         for path in adapters
     ]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("graphs")
+    reference = make_tiny_llama(folder / "model")
+    adapters = [
+        make_peft_adapter(folder / "0", reference, rank=3),
+        make_peft_adapter(folder / "1", reference, rank=18, target_modules=["v_proj", "o_proj"], seed=2),
+    ]
+    return loaded(folder, adapters)
 
 
 def decodes(slots_of_rows: list[int], rng: random.Random) -> StepPlan:
@@ -84,13 +105,16 @@ def decodes(slots_of_rows: list[int], rng: random.Random) -> StepPlan:
 
 
 @needs_interpreter
-def test_a_filled_up_batch_gives_the_logits_of_the_batch_alone(parts, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_a_filled_up_batch_gives_the_logits_of_the_batch_alone(
+    has_experts: bool, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One graph serves batches of other sizes, other adapters and other ranks, one after the other.
 
     Every second token of a batch is the one that its row chose last.
     """
     monkeypatch.setattr(dispatch, "INTERPRETS", True)
-    model, adapters = parts
+    model, adapters = with_experts(tmp_path) if has_experts else request.getfixturevalue("parts")
     slots = PagedAdapterSlots(model, 2, 64)
     cache, other = (model.new_kv_cache(NUM_BLOCKS + 1, BLOCK_SIZE) for _ in range(2))
     for layer, same in zip(cache.layers, other.layers, strict=True):
