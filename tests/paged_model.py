@@ -84,15 +84,16 @@ class PagedModel:
         width = max(len(self._blocks[name]) for name in names)
         table = [self._blocks[name] + [0] * (width - len(self._blocks[name])) for name in names]
         lora = self.slots.route(borders, slots) if self.slots else None
+        device = self.model.device
         batch = ForwardBatch(
-            token_ids=torch.tensor(token_ids),
-            positions=torch.tensor(positions),
-            sample_rows=torch.arange(len(token_ids)),
+            token_ids=torch.tensor(token_ids, device=device),
+            positions=torch.tensor(positions, device=device),
+            sample_rows=torch.arange(len(token_ids), device=device),
             attention=AttentionBatch(
-                query_start=torch.tensor(starts, dtype=torch.int32),
-                seq_lens=torch.tensor(lengths, dtype=torch.int32),
-                block_table=torch.tensor(table, dtype=torch.int32),
-                slot_mapping=torch.tensor(cells),
+                query_start=torch.tensor(starts, dtype=torch.int32, device=device),
+                seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+                block_table=torch.tensor(table, dtype=torch.int32, device=device),
+                slot_mapping=torch.tensor(cells, device=device),
                 num_decodes=len(decodes),
                 max_query_len=max(counts.values()),
                 max_seq_len=max(lengths),
