@@ -102,7 +102,8 @@ class CudaCopies:
 
     def _record(self, stream: torch.cuda.Stream) -> Fence:
         # A new one each time: an event that is recorded again forgets the point that others still wait for.
-        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # Those who wait for it sleep meanwhile, where they would turn in circles on a core.
+        event: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(stream)
         return event
 

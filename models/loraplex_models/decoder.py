@@ -22,7 +22,7 @@ from loraplex_models.layers.rotary import RopeError, Rotary
 from loraplex_models.layers.tiled_moe import TiledExpertLinear
 from loraplex_models.parallel import ParallelGroup
 from loraplex_quant.keep import Keeping
-from loraplex_quant.method import WeightFormat
+from loraplex_quant.method import ALL_ROWS, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,14 +212,15 @@ class CausalLM:
             self._head.load(checkpoint, "lm_head.weight")
         yield
 
-    def base_weight(self, module: str) -> Tensor:
-        """Return the weight of a linear, of lm_head or of embed_tokens, [out, in] or [vocab, hidden], in float32."""
+    def base_weight(self, module: str, rows: slice = ALL_ROWS) -> Tensor:
+        """Return rows of a linear's weight [out, in], or of lm_head's or embed_tokens' [vocab, hidden]; float32."""
         if module == "embed_tokens":
-            return self._embedding.weight.float()
+            return self._embedding.weight[rows].float()
         if module == "lm_head":
-            return self._head.dequantize()
+            return self._head.dequantize(rows)
         linear, columns = self._linear_of(module)
-        return linear.dequantize()[columns]
+        start, stop, _ = rows.indices(columns.stop - columns.start)
+        return linear.dequantize(slice(columns.start + start, columns.start + stop))
 
     @property
     def first_token(self) -> int:

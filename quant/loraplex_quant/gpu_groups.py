@@ -9,7 +9,7 @@ from loraplex_kernels.dispatch import has_gpu_forms
 from loraplex_kernels.grouped_linear import grouped_linear, pack_groups, unpack_groups
 from loraplex_kernels.lora import Deltas, add_deltas
 from loraplex_quant.grouped import GroupedWeight
-from loraplex_quant.method import LinearWeight, QuantMethod
+from loraplex_quant.method import ALL_ROWS, LinearWeight, QuantMethod
 from loraplex_quant.unquantized import stacked_bias
 
 # The bits of a packed number, for those of a weight: 3 do not divide a word.
@@ -65,9 +65,9 @@ class GroupedOnGpu:
         """Return x @ weight.T + bias in float32."""
         return self.apply(x).float()
 
-    def dequantize(self) -> Tensor:
-        """Return the weight in float32."""
-        return torch.cat([unpack_groups(packed) for packed in self.packed])
+    def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
+        """Return the weight, or some rows, in float32."""
+        return torch.cat([unpack_groups(packed) for packed in self.packed])[rows]
 
 
 def _joined(weights: Sequence[GroupedWeight]) -> list[GroupedWeight]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from loraplex_kernels.lora import Deltas
 from loraplex_quant.grouped import GroupedWeight
 
+ALL_ROWS = slice(None)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,8 +39,8 @@ class QuantMethod(Protocol):
         """Return x @ weight.T + bias in float32, as little rounded as the kernel can."""
         ...
 
-    def dequantize(self) -> Tensor:
-        """Return the weight [out, in] as plain numbers in float32, in memory of its own; not for every step."""
+    def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
+        """Return the weight [out, in], or some rows, as plain float32 in memory of its own; not for every step."""
         ...
 
 

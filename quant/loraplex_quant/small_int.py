@@ -18,7 +18,7 @@ from loraplex_kernels.small_int import (
     unpack_int8,
 )
 from loraplex_quant.grouped import GroupedWeight
-from loraplex_quant.method import LinearWeight, QuantMethod
+from loraplex_quant.method import ALL_ROWS, LinearWeight, QuantMethod
 from loraplex_quant.unquantized import stacked_bias
 
 INT8_ZERO = 128
@@ -44,9 +44,9 @@ class Int8:
         """Return x @ weight.T + bias in float32."""
         return self.apply(x).float()
 
-    def dequantize(self) -> Tensor:
-        """Return the weight in float32."""
-        return unpack_int8(self._packed).float().mul_(self._scales.unsqueeze(1))
+    def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
+        """Return the weight, or some rows, in float32."""
+        return unpack_int8(self._packed)[rows].float().mul_(self._scales[rows].unsqueeze(1))
 
 
 class Int4:
@@ -80,13 +80,13 @@ class Int4:
         """Return x @ weight.T + bias in float32."""
         return self.apply(x).float()
 
-    def dequantize(self) -> Tensor:
-        """Return the weight in float32."""
+    def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
+        """Return the weight, or some rows, in float32."""
         numbers = unpack_int4(self._packed)
         grouped = numbers.float().sub_(INT4_ZERO).view(len(numbers), len(self._groups), -1)
         scales, offsets = self._groups.float().permute(2, 1, 0).unsqueeze(-1)
         weight = grouped.mul_(scales).add_(offsets).flatten(1)
-        return weight if self._order is None else torch.empty_like(weight).index_copy_(1, self._order, weight)
+        return (weight if self._order is None else torch.empty_like(weight).index_copy_(1, self._order, weight))[rows]
 
 
 def keep_small_int(parts: Sequence[LinearWeight], dtype: torch.dtype, device: torch.device) -> QuantMethod | None:

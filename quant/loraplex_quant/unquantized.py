@@ -8,7 +8,7 @@ from torch import Tensor
 from loraplex_kernels.linear import linear, pack_weight, unpack_weight, wide_linear
 from loraplex_kernels.lora import Deltas
 from loraplex_quant.grouped import plain
-from loraplex_quant.method import LinearWeight
+from loraplex_quant.method import ALL_ROWS, LinearWeight
 
 
 class Unquantized:
@@ -36,9 +36,9 @@ class Unquantized:
         """Return x @ weight.T + bias in float32."""
         return wide_linear(x, self._weight, self.bias)
 
-    def dequantize(self) -> Tensor:
-        """Return the weight in float32."""
-        return unpack_weight(self._weight).to(torch.float32, copy=True)
+    def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
+        """Return the weight, or some rows, in float32."""
+        return unpack_weight(self._weight)[rows].to(torch.float32, copy=True)
 
 
 def stack(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -68,7 +68,9 @@ class AdapterConfig:
         64, "adapters held ready for the model at a time; others wait in host memory", minimum=1
     )
     adapter_host_memory: str = setting(
-        "4GiB", "host memory for adapter weights: bytes (4GiB, 512MiB) or a share of the free memory (0.2)"
+        "4GiB",
+        "host memory for adapter weights: bytes (4GiB, 512MiB) or a share of the free memory (0.2); "
+        "with a GPU it is taken and pinned at start",
     )
     adapter_device_memory: str = setting(
         "2GiB", "memory for the adapters that are ready for the model, in the same form; on a CPU it is host memory"

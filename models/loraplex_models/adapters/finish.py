@@ -13,7 +13,11 @@ from torch import Tensor
 from loraplex_models.adapters.refusal import ManifestError
 from loraplex_models.adapters.weights import AdapterWeights, EndParts, ModuleParts
 from loraplex_models.layers.lora_extras import EndChange, OutputChange
+from loraplex_quant.method import ALL_ROWS
 
+# How many of the base's weights are worked with at a time. On a GPU 16 MiB of float32: no memory is set aside for them
+# there. On a CPU all: what is packed is unpacked as a whole.
+CHUNK_ELEMENTS = {"cuda": 1 << 22, "cpu": 1 << 40}
 # A copy of the base's matrix may have been rounded to another float type on its way.
 COPY_TOLERANCE = 2**-6
 
@@ -21,8 +25,13 @@ COPY_TOLERANCE = 2**-6
 class BaseModel(Protocol):
     """What is asked of the base model."""
 
-    def base_weight(self, module: str) -> Tensor:
-        """Return the weight of a linear, of lm_head or of embed_tokens, [out, in] or [vocab, hidden], in float32."""
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        ...
+
+    def base_weight(self, module: str, rows: slice = ALL_ROWS) -> Tensor:
+        """Return rows of a linear's weight [out, in], or of lm_head's or embed_tokens' [vocab, hidden]; float32."""
         ...
 
     def base_bias(self, module: str) -> Tensor | None:
@@ -54,10 +63,8 @@ def check_against_base(weights: AdapterWeights, base: BaseModel) -> AdapterWeigh
                 "adapter_unsupported",
             )
         if end.base_copy is not None:
-            own = base.base_weight(name)
-            copy = end.base_copy[base.first_token : base.first_token + len(own)]
-            difference = (copy.to(own.device) - own).abs().max()
-            if difference > COPY_TOLERANCE * own.abs().max():
+            difference, largest = _compare(base, name, end.base_copy)
+            if difference > COPY_TOLERANCE * largest:
                 raise ManifestError(
                     f"the adapter's copy of the base's {name} is another matrix (differs by up to {difference:g}):"
                     " it was trained on another base, or the matrix was trained too: save it with"
@@ -78,7 +85,7 @@ def finish_linear(
     bias = base.base_bias(module)
     shift = None if parts.bias is None or bias is None else parts.bias.to(bias.device) - bias
     if parts.magnitude is not None and pair is not None:
-        gain, pair = _gain(base.base_weight(module), pair, parts.magnitude)
+        gain, pair = _gain(base, module, pair, parts.magnitude)
         if bias is not None:
             # The base's output has its own bias in it, which is not scaled.
             shift = (0 if shift is None else shift) + (1 - gain) * bias
@@ -92,9 +99,7 @@ def finish_end(base: BaseModel, name: str, end: EndParts) -> EndChange:
     """Return what an adapter does to the embedding or the head. Raises ValueError as `finish_linear` does."""
     pair, change = end.pair, None
     if end.parts.magnitude is not None and pair is not None:
-        # An embedding's rows of weights are the columns of its matrix.
-        weight = base.base_weight(name)
-        gain, pair = _gain(weight.t() if name == "embed_tokens" else weight, pair, end.parts.magnitude)
+        gain, pair = _gain(base, name, pair, end.parts.magnitude)
         bias = base.base_bias(name) if name == "lm_head" else None
         change = OutputChange(gain - 1, None if bias is None else (1 - gain) * bias)
     elif end.parts.b_bias is not None:
@@ -105,13 +110,40 @@ def finish_end(base: BaseModel, name: str, end: EndParts) -> EndChange:
     return EndChange(end.weight, end.row_ids, end.rows, a, b, change)
 
 
-def _gain(weight: Tensor, pair: tuple[Tensor, Tensor], magnitude: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _gain(
+    base: BaseModel, module: str, pair: tuple[Tensor, Tensor], magnitude: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The gain of each output, and the pair with it in B."""
     a, b = pair
-    product = b.to(weight.device).float() @ a.to(weight.device).float()
-    lengths = torch.linalg.vector_norm(weight + product, dim=1)
+    parts: list[Tensor] = []
+    for rows in _row_chunks(base, len(b), a.shape[1]):
+        # An embedding's rows of weights are the columns of its matrix.
+        weight = base.base_weight(module).t()[rows] if module == "embed_tokens" else base.base_weight(module, rows)
+        product = b[rows].to(weight.device).float() @ a.to(weight.device).float()
+        parts.append(torch.linalg.vector_norm(product.add_(weight), dim=1))
+    lengths = torch.cat(parts)
     # A row of zeros, such as a vocabulary is filled up with, gives nothing whatever its gain is.
-    gain = torch.where(lengths > 0, magnitude.to(weight.device) / lengths, 0)
+    gain = torch.where(lengths > 0, magnitude.to(lengths.device) / lengths, 0)
     scaled = (b.float() * gain.to(b.device).unsqueeze(1)).to(b.dtype)
     if not (gain.isfinite().all() and scaled.isfinite().all()):
         raise ValueError(f"DoRA's gains of up to {gain.abs().max():g} do not fit into {b.dtype}")
     return gain, (a, scaled)
+
+
+def _compare(base: BaseModel, name: str, whole_copy: Tensor) -> tuple[float, float]:
+    """How far a copy of the base's matrix is from this rank's rows of it at most, and the largest number of these."""
+    difference = largest = 0.0
+    first = base.first_token
+    for rows in _row_chunks(base, len(whole_copy) - first, whole_copy.shape[1]):
+        own = base.base_weight(name, rows)  # none where other ranks have them
+        if len(own):
+            copy = whole_copy[first + rows.start : first + rows.start + len(own)].to(own.device)
+            difference = max(difference, float((copy - own).abs().max()))
+            largest = max(largest, float(own.abs().max()))
+    return difference, largest
+
+
+def _row_chunks(base: BaseModel, num_rows: int, row_size: int) -> list[slice]:
+    """Runs of rows that are worked with at a time."""
+    count = max(1, CHUNK_ELEMENTS[base.device.type] // row_size)
+    return [slice(start, min(start + count, num_rows)) for start in range(0, num_rows, count)]

@@ -6,7 +6,7 @@ from torch import Tensor
 from loraplex_models.checkpoint import Checkpoint
 from loraplex_models.cuts import Cut
 from loraplex_quant.keep import Keeping
-from loraplex_quant.method import LinearWeight, QuantMethod
+from loraplex_quant.method import ALL_ROWS, LinearWeight, QuantMethod
 
 
 class Embedding:
@@ -55,9 +55,9 @@ class Head:
         """Use the embedding's weight. Where the device has a packed layout, this makes a second copy of it."""
         self._method = self._keeping.head(LinearWeight(embedding.weight), may_share=True)
 
-    def dequantize(self) -> Tensor:
-        """Return the weight [vocab, hidden] in float32, in memory of its own; not for every step."""
-        return self._method.dequantize()
+    def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
+        """Return the weight [vocab, hidden], or some rows, in float32; not for every step."""
+        return self._method.dequantize(rows)
 
     def bias(self) -> Tensor | None:
         """Return the bias [vocab] in float32, None where there is none; not for every step."""

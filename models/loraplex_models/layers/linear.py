@@ -8,7 +8,7 @@ from loraplex_kernels.lora import Deltas, add_deltas
 from loraplex_kernels.lora_pages import RowDelta, add_rows, row_delta
 from loraplex_models.checkpoint import Checkpoint
 from loraplex_models.forward import LoraBatch
-from loraplex_quant.method import LinearWeight, QuantMethod
+from loraplex_quant.method import ALL_ROWS, LinearWeight, QuantMethod
 
 
 class Linear:
@@ -48,9 +48,9 @@ class Linear:
         ]
         self._method = self._keep(weights)
 
-    def dequantize(self) -> Tensor:
-        """Return the weight [sum of the parts' sizes, in] in float32, in memory of its own; not for every step."""
-        return self._method.dequantize()
+    def dequantize(self, rows: slice = ALL_ROWS) -> Tensor:
+        """Return the weight [sum of the parts' sizes, in], or some rows, in float32; not for every step."""
+        return self._method.dequantize(rows)
 
     def bias(self) -> Tensor | None:
         """Return the bias [sum of the parts' sizes] in float32, None where there is none; not for every step."""

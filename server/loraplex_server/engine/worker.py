@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -72,7 +73,11 @@ class Worker:
         self._shares_tokens = shares_tokens
         self._slots = make_slots(model, num_slots, max_lora_rank, adapter_room)
         self.host_cache = HostCache(
-            lambda path: self._slots.arrange(read_adapter(path)), self._slots.prepare, self._slots.drop
+            lambda path: self._slots.arrange(read_adapter(path)),
+            self._slots.prepare,
+            self._slots.drop,
+            # A thread begins on the first GPU, whatever the rank's is.
+            partial(torch.cuda.set_device, model.device) if model.device.type == "cuda" else lambda: None,
         )
         self._sampler = sampler
         self._pass = ForwardPass(

@@ -16,6 +16,7 @@ from tiny_families import FAMILIES, make_tiny
 from tiny_models import load_peft, make_peft_adapter, make_tiny_llama, peft_warnings_ignored
 from transformers import PreTrainedModel
 
+from loraplex_models.adapters import finish
 from loraplex_models.adapters.finish import check_against_base, finish_linear
 from loraplex_models.adapters.manifest import ManifestError, check_adapter
 from loraplex_models.adapters.slots import AdapterSlots
@@ -23,6 +24,7 @@ from loraplex_models.adapters.weights import ModuleParts, load_adapter_weights
 from loraplex_models.decoder import CausalLM
 from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
+from loraplex_quant.method import ALL_ROWS
 
 TOLERANCE = 1e-3
 BASES: dict[str, dict[str, Any]] = {
@@ -234,7 +236,11 @@ def test_without_what_is_beside_the_products_the_answer_would_be_wrong(world: Wo
         assert (paged.logits("0") - paged.logits("1")).abs().max() > 0.1, name
 
 
-def test_a_copy_of_the_bases_own_matrix_is_compared_and_not_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk", [1 << 40, 1000])
+def test_a_copy_of_the_bases_own_matrix_is_compared_and_not_kept(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(finish.CHUNK_ELEMENTS, "cpu", chunk)
     truth = make_tiny_llama(tmp_path / "model")
     cpu = torch.device("cpu")
     model = load_model(tmp_path / "model", dtype=torch.float32, device=cpu, group=ParallelGroup.single())
@@ -255,15 +261,29 @@ class OneLinear:
     """A base of one linear, for what real ones seldom have."""
 
     first_token = 0
+    device = torch.device("cpu")
 
     def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
 
-    def base_weight(self, module: str) -> torch.Tensor:
-        return self._weight
+    def base_weight(self, module: str, rows: slice = ALL_ROWS) -> torch.Tensor:
+        return self._weight[rows]
 
     def base_bias(self, module: str) -> torch.Tensor | None:
         return None
+
+
+def test_doras_gain_is_the_same_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(1)
+    weight, a, b = (torch.randn(*shape, generator=draw) for shape in ((37, 10), (3, 10), (37, 3)))
+    parts = ModuleParts(magnitude=torch.rand(37, generator=draw) + 0.5)
+    whole_pair, whole = finish_linear(OneLinear(weight), "any", (a, b), parts)
+    monkeypatch.setitem(finish.CHUNK_ELEMENTS, "cpu", 85)
+    pair, change = finish_linear(OneLinear(weight), "any", (a, b), parts)
+    assert pair is not None and whole_pair is not None
+    assert change.gain_minus_one is not None and whole.gain_minus_one is not None
+    torch.testing.assert_close(change.gain_minus_one, whole.gain_minus_one)
+    torch.testing.assert_close(pair[1], whole_pair[1])
 
 
 def test_dora_of_a_row_of_zeros_gives_nothing_and_of_a_huge_length_is_refused() -> None:

@@ -149,16 +149,16 @@ def test_the_profile_has_the_widest_steps_in_it(tmp_path: Path, monkeypatch: pyt
 
     def steps(**settings: Any) -> Any:
         adapters = AdapterConfig(max_resident_adapters=2, max_lora_rank=16)
-        config = EngineConfig(max_batch_size=3, max_total_tokens=64, adapters=adapters, **settings)
+        config = EngineConfig(max_batch_size=2, max_total_tokens=64, adapters=adapters, **settings)
         with CountedTensors() as memory:
             return measure_steps(config, model, memory)
 
-    short, long = steps(max_batch_prefill_tokens=4), steps(max_batch_prefill_tokens=36)
-    # The gate's and the up projection's outputs with their adapters' deltas, and the logits of all rows.
-    assert long.forward >= 39 * 2 * 2 * inner * 4 and long.forward - short.forward >= 32 * 2 * 2 * inner * 4
-    scored = steps(max_batch_prefill_tokens=36, enable_prefill_logprobs=True)
-    assert scored.forward >= 39 * vocab * 4
-    sizes = graph_sizes(3)
+    short = steps(max_batch_prefill_tokens=4)
+    long = steps(max_batch_prefill_tokens=36, enable_prefill_logprobs=True)
+    # The logits of all rows; the gate's and the up projection's outputs with their adapters' deltas.
+    assert long.forward >= 38 * vocab * 4 and short.forward >= 6 * 2 * 2 * inner * 4
+    assert long.forward - short.forward >= 32 * 2 * 2 * inner * 4
+    sizes = graph_sizes(2)
     kept = 2 * sum(sizes) * vocab * 4  # each graph's logits, with adapters and without
     assert kept + 2 * len(sizes) * GRAPH_BYTES <= long.graphs < 2 * kept + 2 * len(sizes) * GRAPH_BYTES + MIB
-    assert long.sampling >= 3 * 3 * vocab * 4 and long.sampling == short.sampling
+    assert long.sampling >= 2 * 3 * vocab * 4 and long.sampling == short.sampling

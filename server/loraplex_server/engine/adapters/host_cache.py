@@ -43,7 +43,7 @@ class HostCache:
     """Weights in host memory by digest, and those that threads have brought to the device but no slot has yet.
 
     `read` turns a folder, or a recipe, into weights and must give the digest asked for; `prepare` has them brought to
-    the device; `drop` gives back the memory of either, if nobody has taken it.
+    the device; `drop` gives back the memory of either, if nobody has taken it. All threads call `begin_thread` first.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class HostCache:
         read: Callable[[str | MergeRecipe], AdapterWeights],
         prepare: Callable[[AdapterWeights], PreparedAdapter],
         drop: Callable[[AdapterWeights | PreparedAdapter], None],
+        begin_thread: Callable[[], None] = lambda: None,
     ):
         self._read = read
         self._prepare = prepare
@@ -60,9 +61,9 @@ class HostCache:
         self._reading: dict[str, Future[_Timed[AdapterWeights]]] = {}
         self._preparing: dict[str, Future[_Timed[PreparedAdapter]]] = {}
         self._arriving: dict[str, _Timed[PreparedAdapter]] = {}
-        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader")
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader", initializer=begin_thread)
         # A thread of its own: a short copy to the device never waits behind slow files.
-        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="adapter-preparer")
+        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="adapter-preparer", initializer=begin_thread)
 
     def load(self, digest: str, source: str | MergeRecipe) -> None:
         """Start reading or merging in the background."""
