@@ -21,7 +21,7 @@ from loraplex_server.engine.step import AdapterOp, StepPlan
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """A step's results by row, and where its time went."""
+    """A step's results by row, and where the host's time for it went; waiting for a GPU counts to the sampling."""
 
     rows: dict[int, RowResult]
     forward_s: float = 0.0
