@@ -14,6 +14,8 @@ from loraplex_server.errors import HeadersTooLarge
 
 # From the first byte, or from the connection's beginning, to the end of a request's headers.
 HEADER_TIMEOUT_S = 10.0
+# How long bytes behind a refusal are still taken: a reset would take the refusal away before the client has read it.
+LINGER_S = 1.0
 MAX_HEADER_BYTES = 64 * 1024
 MAX_HEADERS = 100
 MAX_HEADER_LINE_BYTES = 16 * 1024
@@ -27,6 +29,7 @@ class HttpProtocol(H11Protocol):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._header_timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None  # once the connection was refused
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         """A client is there."""
@@ -35,6 +38,8 @@ class HttpProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes came."""
+        if self._linger_timer is not None:
+            return
         if self._header_timer is None and self.conn.their_state is h11.IDLE:
             self._start_header_timer()
         super().data_received(data)
@@ -44,6 +49,8 @@ class HttpProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
         self._stop_header_timer()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -72,14 +79,18 @@ class HttpProtocol(H11Protocol):
             self.transport.close()
 
     def _refuse(self, status: int, body: ErrorBody) -> None:
-        """Answer past h11, which is in the middle of something, and close."""
+        """Answer past h11, which is in the middle of something, and close when the client does or soon after."""
         self._stop_header_timer()
         content = msgspec.json.encode(body)
         self.transport.write(
             b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
             % (status, _REASONS[status], len(content), content)
         )
-        self.transport.close()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+        else:
+            self.transport.close()
 
 
 class HeaderLimits:

@@ -65,6 +65,23 @@ def test_headers_that_trickle_are_given_up_and_others_are_served_meanwhile(monke
     live(test)
 
 
+def test_a_client_that_goes_on_sending_after_a_refusal_still_reads_it() -> None:
+    async def test(server: TestServer) -> None:
+        reader, writer = await connect(server)
+        writer.write(b"no HTTP\r\n\r\n")
+        await writer.drain()
+        while not reader._buffer:  # type: ignore[attr-defined]
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            writer.write(b"a" * 4096)
+            await asyncio.sleep(0.01)
+        assert parsed(await reader.read())[0] == 400
+        writer.close()
+        assert (await server.generate("hi")).status_code == 200
+
+    live(test)
+
+
 def test_500_connections_that_say_nothing_or_little_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "HEADER_TIMEOUT_S", 1.0)
 
