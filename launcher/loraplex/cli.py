@@ -104,8 +104,6 @@ def _run_server(settings: Settings, demo_cache: Path | None = None) -> int:
     with Console(bars=sys.stderr.isatty() and not api.json_output) as console:
         for warning in settings.warnings:
             console.warning(warning)
-        if (few_files := raise_open_files()) is not None:
-            console.warning(few_files)
         try:
             with _stopping_early():
                 check_address(api)
@@ -129,6 +127,8 @@ def _run_server(settings: Settings, demo_cache: Path | None = None) -> int:
             return 0
         for line in plan.summary:
             console.line(line)
+        if (few_files := raise_open_files()) is not None:
+            console.warning(few_files)
         return Supervisor(plan, console).run()
 
 
