@@ -95,6 +95,15 @@ class PagedAdapter(PreparedAdapter):
         return self.arrival.query()
 
 
+@dataclass(frozen=True, slots=True)
+class _Resident:
+    """An adapter in a slot. The rows that were copied into the tables go back to torch's pinned memory at once."""
+
+    block: Block
+    linears: frozenset[int]  # that it touches, by index
+    has_experts: bool
+
+
 class PagedAdapterSlots(AdapterSlots):
     """Slots for adapters of up to `max_rank`, whose weights are read by kernels through page tables."""
 
@@ -145,7 +154,7 @@ class PagedAdapterSlots(AdapterSlots):
         )
         dense_layers = () if experts is None else experts.dense_layers
         self._sparse_layers = [index for index in range(model.config.num_layers) if index not in dense_layers]
-        self._blocks: dict[int, PagedAdapter] = {}
+        self._residents: dict[int, _Resident] = {}
 
     def arrange(self, weights: AdapterWeights) -> ArrangedWeights:
         """Check an adapter and lay it out as it will lie on the device, for the host tier. Raises as `prepare`.
@@ -231,17 +240,18 @@ class PagedAdapterSlots(AdapterSlots):
         self._rank_pages.put_rows(slot, adapter.rows)
         if adapter.expert_rows is not None:
             self._expert_pages.put_rows(slot * self._num_experts, adapter.expert_rows)
-        self._blocks[slot] = adapter
+        linears = frozenset(index for index, _, _ in adapter.places)
+        self._residents[slot] = _Resident(adapter.block, linears, adapter.expert_rows is not None)
 
     def clear(self, slot: int) -> None:
         """Empty a slot. Steps that are under way may still read the adapter: its frames are written after them."""
         super().clear(slot)
-        adapter = self._blocks.pop(slot, None)
-        if adapter is not None:
+        resident = self._residents.pop(slot, None)
+        if resident is not None:
             self._rank_pages.clear(slot)
-            if adapter.expert_rows is not None:
+            if resident.has_experts:
                 self._expert_pages.clear(slot * self._num_experts, self._num_experts)
-            self._device_arena.give(adapter.block, self._copies.mark())
+            self._device_arena.give(resident.block, self._copies.mark())
 
     def drop(self, adapter: AdapterWeights | PreparedAdapter) -> None:
         """Give back the memory of what `arrange` gave, or of what `prepare` gave and no slot has had."""
@@ -266,7 +276,7 @@ class PagedAdapterSlots(AdapterSlots):
 
     def pages_of(self, slots: set[int]) -> tuple[LinearPages | None, ...]:
         """Each linear's pages, by its index, then those of experts; None where no adapter of these slots touches it."""
-        touched = {index for slot in slots if slot in self._blocks for index, _, _ in self._blocks[slot].places}
+        touched = frozenset[int]().union(*(self._residents[slot].linears for slot in slots if slot in self._residents))
         return tuple(pages if index in touched else None for index, pages in enumerate(self.pages))
 
     @property
