@@ -1,5 +1,6 @@
 """Host memory that a GPU copies from beside its other work."""
 
+import contextlib
 import mmap
 import weakref
 from typing import Any
@@ -17,7 +18,8 @@ def host_memory(num_bytes: int, device: torch.device) -> Tensor:
     if num_bytes == 0:
         return torch.empty(0, dtype=torch.uint8)
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # advice that not every kernel takes
+        pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     if device.type == "cuda":
         # Not torch's pinned allocator, which rounds up to a power of two and keeps what was given back.
