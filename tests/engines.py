@@ -61,22 +61,26 @@ class EngineBench:
         adapters: Mapping[str, Path],
         *,
         dtype: str = "float32",
+        device: str = "cpu",
         quantize: str | None = None,
         by_transformers: bool = False,
         group: ParallelGroup | None = None,
+        **settings: Any,
     ):
+        """`settings`: as `start` takes them."""
         self._folder = model_folder
         self._dtype = dtype
+        self._device = device
         self.model = load_model(
             model_folder,
             dtype=getattr(torch, dtype),
-            device=torch.device("cpu"),
+            device=torch.device(device),
             group=group or ParallelGroup.single(),
             quantize=quantize,
             by_transformers=by_transformers,
         )
         self.specs = {name: checked_spec(name, folder, model_folder) for name, folder in adapters.items()}
-        self.start()
+        self.start(**settings)
 
     def start(self, *, is_late: bool = False, **settings: Any) -> None:
         """Begin with a fresh engine over the same weights; `is_late`: on a device that lags behind."""
@@ -97,7 +101,7 @@ class EngineBench:
         config = EngineConfig(
             model_path=str(self._folder),
             dtype=self._dtype,
-            device="cpu",
+            device=self._device,
             adapters=AdapterConfig(max_resident_adapters=max_resident_adapters, adapter_host_memory=str(host_memory)),
         )
         config = replace(config, **({"num_kv_blocks": 64} | settings))
