@@ -150,6 +150,7 @@ def arrives_late(host: Tensor, value: Tensor) -> Callable[[], None]:
     host.fill_(float("nan") if host.is_floating_point() else (0 if host.dtype is torch.bool else 77))
 
     def arrive() -> None:
-        host.copy_(value)
+        with torch.inference_mode():  # a device does not ask in which mode memory was taken
+            host.copy_(value)
 
     return arrive

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cuda_stand_in import CudaStandIn
 
 FACTORIES = ("empty", "zeros", "ones", "full", "arange", "tensor", "rand", "randn", "randint", "randperm", "as_tensor")
-TOTAL_BYTES = 1 << 34
+TOTAL_BYTES = 1 << 30
 
 
 def put_in_place(cuda: CudaStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +102,10 @@ def put_in_place(cuda: CudaStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     def set_sync_debug_mode(mode: str | int) -> None:
         machine.sync_is_error = mode in ("error", 2)
 
+    def register(address: int, num_bytes: int, flags: int) -> int:
+        cuda.pinned_at(address)
+        return 0
+
     capture_stream = Stream()
     names: dict[str, Any] = {
         "Event": Event, "Stream": Stream, "CUDAGraph": Graph, "graph": graph, "synchronize": synchronize,
@@ -115,7 +119,10 @@ def put_in_place(cuda: CudaStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         "mem_get_info": lambda device=None: (TOTAL_BYTES - machine.allocated_bytes, TOTAL_BYTES),
         "memory_allocated": lambda device=None: machine.allocated_bytes,
         "max_memory_allocated": lambda device=None: machine.allocated_bytes,
-        "reset_peak_memory_stats": lambda device=None: None,
+        "memory_reserved": lambda device=None: machine.allocated_bytes,
+        "max_memory_reserved": lambda device=None: machine.allocated_bytes,
+        "reset_peak_memory_stats": lambda device=None: None, "device": lambda device: nullcontext(),
+        "cudart": lambda: SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: 0),
         "get_device_properties": lambda device=None: SimpleNamespace(total_memory=TOTAL_BYTES),
     }  # fmt: skip
     for name, value in names.items():

@@ -28,6 +28,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 from triton.runtime.interpreter import InterpretedFunction
 
+# Where tables, and not the tensor, say which bytes a kernel reads.
+READ_BY_TABLES = {"pages"}
+
 
 class _Capture:
     """A graph that is being captured."""
@@ -53,7 +56,7 @@ class CudaStandIn:
         self.num_launches = 0
         self.num_replays = 0
         self.captures: list[int] = []
-        self._pinned: dict[int, Tensor] = {}
+        self._pinned: dict[int, Tensor | None] = {}  # by the address of the storage; memory of torch stays alive
         self._capture: _Capture | None = None
         self._local = threading.local()
         self._run_kernel = InterpretedFunction.run
@@ -238,6 +241,12 @@ class CudaStandIn:
             self._pinned[host.untyped_storage().data_ptr()] = host
         return host
 
+    def pinned_at(self, address: int) -> None:
+        """Host memory that begins there is pinned, and will be as long as it is used."""
+        with self.machine.lock:
+            self.unsafe("memory is pinned")
+            self._pinned[address] = None
+
     def run_kernel(self, kernel: InterpretedFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         """A Triton kernel: what it writes is found by comparing memory before and after."""
         for position, one in enumerate(args):
@@ -245,7 +254,11 @@ class CudaStandIn:
                 raise ValueError(f"pointer argument (at {position}) cannot be accessed from Triton (cpu tensor?)")
         with self.machine.lock:
             inner = plain(args)
-            tensors = {_place(one): one for one in inner if isinstance(one, Tensor)}
+            tensors = {
+                _place(one): one
+                for name, one in zip(kernel.arg_names, inner, strict=False)
+                if isinstance(one, Tensor) and name not in READ_BY_TABLES
+            }
             before = {place: _octets(one).clone() for place, one in tensors.items()}
 
             def call() -> None:

@@ -81,13 +81,13 @@ def test_the_gpu_engine_gives_the_tokens_of_the_cpu(world: World, truth: dict[st
 def test_tables_that_are_bound_anew_are_not_what_a_captured_graph_reads(
     world: World, truth: dict[str, Answer], cuda: CudaStandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = RankPages.put
+    put = RankPages.put_rows
 
     def put_elsewhere(pages: RankPages, *arguments: Any) -> None:
         pages._ranks = pages._ranks.clone()
         put(pages, *arguments)
 
-    monkeypatch.setattr(RankPages, "put", put_elsewhere)
+    monkeypatch.setattr(RankPages, "put_rows", put_elsewhere)
     one = [request for request in REQUESTS if request[0] == "one"]
     ours = answers(EngineBench(*world, device="cuda", **ONE_ROW), one)
     assert ours["one"].logprobs != pytest.approx(truth["one"].logprobs, abs=1e-3)
@@ -160,7 +160,7 @@ def test_what_a_capture_refuses_is_refused(cuda: CudaStandIn) -> None:
 
 
 def test_decode_steps_never_wait_for_the_device_but_to_read_the_step_before(cuda: CudaStandIn) -> None:
-    decode_without_waiting(torch.device("cuda"), torch.float32, num_steps=3)
+    decode_without_waiting(torch.device("cuda"), torch.float32, num_steps=2)
     torch.cuda.set_sync_debug_mode("error")
     with pytest.raises(HostWaits):
         torch.ones(1, device="cuda").tolist()
