@@ -14,6 +14,7 @@ from loraplex_kernels.dispatch import has_gpu_forms
 from loraplex_models.adapters.paged_slots import AdapterRoom
 from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.config import ModelConfig, read_config
+from loraplex_models.cuts import Cut
 from loraplex_models.decoder import CausalLM
 from loraplex_models.parallel import ParallelGroup
 from loraplex_models.registry import find_model_class
@@ -83,8 +84,11 @@ class RandomCheckpoint:
         """Whether a tensor is there that a checkpoint need not have: a head's bias is not."""
         return not name.endswith("bias")
 
-    def take(self, name: str, shape: tuple[int, ...], dtypes: Sequence[torch.dtype] = ()) -> torch.Tensor:
-        """A norm near 1, or weights around 0."""
+    def take(
+        self, name: str, shape: tuple[int, ...], dtypes: Sequence[torch.dtype] = (), rows: Cut | None = None
+    ) -> torch.Tensor:
+        """A norm near 1, or weights around 0; all rows, as there is one rank."""
+        assert rows is None or rows.size == shape[0]
         if "norm" in name:
             return torch.rand(shape, generator=self._generator, device=self._device).to(self._dtype) + 0.5
         return self._normal(shape)
