@@ -12,6 +12,7 @@ from loraplex_kernels.gpu import activation as activations
 from loraplex_kernels.gpu import attention, grouped_linear, kv_cache, lora, norm
 from loraplex_kernels.grouped_linear import pack_groups
 from loraplex_kernels.lora_pages import PAGE_RANKS, RankPages, RowDelta, make_tiles, write_pages
+from loraplex_kernels.norm import Norm
 from loraplex_kernels.reference import activation as reference_activation
 from loraplex_kernels.reference import attention as reference_attention
 from loraplex_kernels.reference import grouped_linear as reference_grouped
@@ -67,8 +68,8 @@ def _pairs(device: torch.device, dtype: torch.dtype, small: bool) -> list[tuple[
         ours, truth = getattr(activations, name)(gate_up), getattr(reference_activation, name)(gate_up)
         found.append((name, ours, truth))
     x, residual, weight = numbers(5, hidden), numbers(5, hidden), numbers(hidden)
-    ours = norm.add_norm(x, residual.clone(), norm.Norm(weight, 1e-5))
-    found.append(("add_norm", ours, reference_norm.add_norm(x, residual.clone(), norm.Norm(weight, 1e-5))))
+    ours = norm.add_norm(x, residual.clone(), Norm(weight, 1e-5))
+    found.append(("add_norm", ours, reference_norm.add_norm(x, residual.clone(), Norm(weight, 1e-5))))
     for bits in (4, 8):
         packed = pack_groups(
             torch.randint(0, 1 << bits, (hidden, hidden), dtype=torch.uint8), torch.full((1, 1), 1 << (bits - 1)),
