@@ -10,7 +10,6 @@ import pytest
 import torch
 from cuda_clocks import HostWaits, NotInCapture, Race
 from cuda_stand_in import CudaStandIn
-from decode_steps import decode_without_waiting
 from engines import EngineBench
 from tiny_models import make_peft_adapter, make_tiny_llama
 from triton_interpreter import needs_interpreter
@@ -28,12 +27,14 @@ SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads"
 SETTINGS = {"max_resident_adapters": 1, "max_batch_prefill_tokens": 8, "max_batch_size": 2, "max_total_tokens": 64}
 ONE_ROW = SETTINGS | {"max_batch_size": 1}
 World = tuple[Path, dict[str, Path]]
-Requests = list[tuple[str, list[int], str | None]]
+# Name, prompt, adapter, what else the request asks for.
+Requests = list[tuple[str, list[int], str | None, dict[str, Any]]]
 REQUESTS: Requests = [
-    ("base", list(range(3, 16)), None),
-    ("one", [5, 6, 7], "narrow"),
-    ("other", list(range(40, 46)), "wide"),
-    ("again", [5, 6, 7, 9], "narrow"),
+    ("base", list(range(3, 16)), None, {}),
+    ("one", [5, 6, 7], "narrow", {}),
+    ("other", list(range(40, 46)), "wide", {"repetition_penalty": 1.3, "presence_penalty": 0.4, "num_logprobs": 3}),
+    ("again", [5, 6, 7, 9], "narrow", {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3}),
+    ("last", [8, 9], None, {"logit_bias": {5: 3.0}, "bad_words": ((5, 5),), "min_new_tokens": 2}),
 ]
 
 
@@ -55,12 +56,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> CudaStandIn:
 
 
 def answers(bench: EngineBench, requests: Requests = REQUESTS) -> dict[str, Answer]:
-    for name, prompt, adapter in requests:
-        bench.add(name, prompt, adapter, max_new_tokens=4, ignore_eos=True)
+    for name, prompt, adapter, sampling in requests:
+        bench.add(name, prompt, adapter, max_new_tokens=4, ignore_eos=True, **sampling)
     bench.run()
     bench.engine.blocks.check_integrity()
     bench.engine.close()
-    return {name: bench.answer(name) for name, _, _ in requests}
+    return {name: bench.answer(name) for name, *_ in requests}
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,12 @@ def truth(world: World) -> dict[str, Answer]:
     return answers(EngineBench(*world, **SETTINGS))
 
 
-def test_the_gpu_engine_gives_the_tokens_of_the_cpu(world: World, truth: dict[str, Answer], cuda: CudaStandIn) -> None:
-    ours = answers(EngineBench(*world, device="cuda", **SETTINGS))
+def test_the_gpu_engine_gives_the_tokens_of_the_cpu_and_never_waits_but_to_read_them(
+    world: World, truth: dict[str, Answer], cuda: CudaStandIn
+) -> None:
+    bench = EngineBench(*world, device="cuda", **SETTINGS)
+    torch.cuda.set_sync_debug_mode("error")
+    ours = answers(bench)
     cuda.finish()
     assert len(cuda.captures) == 4 and cuda.num_replays >= 6
     for name, answer in truth.items():
@@ -159,11 +164,13 @@ def test_what_a_capture_refuses_is_refused(cuda: CudaStandIn) -> None:
     assert y.tolist() == [6, 6, 6]
 
 
-def test_decode_steps_never_wait_for_the_device_but_to_read_the_step_before(cuda: CudaStandIn) -> None:
-    decode_without_waiting(torch.device("cuda"), torch.float32, num_steps=2)
+def test_waiting_for_the_device_is_an_error_where_it_shall_be_one(cuda: CudaStandIn) -> None:
+    x = torch.ones(1, device="cuda")
+    assert x.tolist() == [1]
     torch.cuda.set_sync_debug_mode("error")
-    with pytest.raises(HostWaits):
-        torch.ones(1, device="cuda").tolist()
+    for wait in (x.tolist, x.cpu, x.item, lambda: x.copy_(torch.zeros(1)), lambda: bool(x > 0)):
+        with pytest.raises(HostWaits):
+            wait()
 
 
 def _on(stream: torch.cuda.Stream, work: Any) -> None:
