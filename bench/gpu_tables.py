@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from gpu_checks import check_engine, check_graphs, check_kernels
+from gpu_prefill import prefill_forms
 from gpu_world import World, make_world, random_adapter, random_model
 
 from loraplex_kernels import dispatch
@@ -341,6 +342,7 @@ def main(description: str) -> int:
         bench.section("decode, base", 30, lambda: base_decode(bench))
         bench.section("decode, rank 16", 80, lambda: lora_decode(bench, 16, bench.batches))
         bench.section("prefill", 20, lambda: prefill(bench))
+        bench.section("prefill, forms of one linear", 15, lambda: prefill_forms(bench.device, bench.dtype, small=small))
         bench.section("decode, mixed ranks", 15, lambda: mixed_ranks(bench))
         bench.section("more adapters than the pool holds", 40, lambda: beyond_the_pool(bench))
         bench.section("activation", 15, lambda: activation(bench))

@@ -13,8 +13,11 @@ from triton_interpreter import needs_interpreter
 
 sys.path.append(str(Path(__file__).parents[3] / "bench"))
 from gpu_checks import check_engine, check_kernels
+from gpu_prefill import prefill_forms
 from gpu_tables import Bench
 from gpu_world import random_model
+
+from loraplex_kernels import dispatch
 
 
 def test_two_engines_over_the_same_random_weights_give_the_same_tokens() -> None:
@@ -34,6 +37,13 @@ BENCH = Path(__file__).parents[3] / "bench"
 def test_the_checks_of_the_kernels_run_and_pass() -> None:
     rows = check_kernels(torch.device("cpu"), small=True)
     assert len(rows) > 20 and [row for row in rows if not row["ok"]] == []
+
+
+@needs_interpreter
+def test_all_forms_of_a_prompts_linear_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETS", True)
+    rows = prefill_forms(torch.device("cpu"), torch.float32, small=True)
+    assert [row["adapters"] for row in rows] == [1, 3] and all(row["ok"] for row in rows)
 
 
 def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
