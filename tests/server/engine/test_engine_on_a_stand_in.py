@@ -77,7 +77,7 @@ def test_the_gpu_engine_gives_the_tokens_of_the_cpu_and_never_waits_but_to_read_
     torch.cuda.set_sync_debug_mode("error")
     ours = answers(bench)
     cuda.finish()
-    assert len(cuda.captures) == 4 and cuda.num_replays >= 6
+    assert len(cuda.captures) == 4 and cuda.num_replays > 0
     for name, answer in truth.items():
         assert ours[name].token_ids == answer.token_ids, name
         assert ours[name].logprobs == pytest.approx(answer.logprobs, abs=1e-3), name
