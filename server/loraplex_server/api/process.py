@@ -24,6 +24,7 @@ from loraplex_server.api.state import ApiState, Serving
 from loraplex_server.config import ApiConfig, ServeConfig
 from loraplex_server.control import ControlLine
 from loraplex_server.errors import GenerationFailed, LoraplexError
+from loraplex_server.garbage import keep_what_is_loaded
 from loraplex_server.link import ApiLink
 from loraplex_server.metrics import Metrics
 from loraplex_server.text.chat_template import ChatTemplate, ChatTemplateError
@@ -182,6 +183,7 @@ class _ApiProcess:
         chat_template = await asyncio.to_thread(_load_chat_template, engine.model_path, api.tokenizer_config_path)
         self._text = tokenizer, chat_template
         await self._start_serving()
+        keep_what_is_loaded()
         self._control.send("ready", port=self._port)
 
     async def _start_serving(self) -> None:

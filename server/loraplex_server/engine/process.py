@@ -35,6 +35,7 @@ from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_adapte
 from loraplex_server.engine.profile import free_kv_bytes
 from loraplex_server.engine.shards import GroupExecutor, follow
 from loraplex_server.engine.worker import Worker
+from loraplex_server.garbage import keep_what_is_loaded
 from loraplex_server.link import EngineLink
 from loraplex_server.messages import (
     AbortRequest,
@@ -195,6 +196,7 @@ def _lead(config: ServeConfig, heartbeat: Heartbeat) -> None:
         _warm_up(engine, model)
         for spec in config.engine.adapters.sources:
             engine.load_adapter(spec)
+        keep_what_is_loaded()
         link = EngineLink(config.link_address)
         try:
             link.send(_ready(config.engine, model, limits, engine.adapters))
@@ -212,6 +214,7 @@ def _follow(config: ServeConfig, heartbeat: Heartbeat, rank: int) -> None:
     limits = settle_group_limits(config.engine, model, free_kv_bytes(config.engine, model))
     worker = build_worker(config.engine, model, limits)
     warm_up(model.dtype, model.device, has_experts=model.config.experts is not None)
+    keep_what_is_loaded()
     heartbeat.send("ready", report=[])
     follow(worker, model.group, heartbeat)
 
