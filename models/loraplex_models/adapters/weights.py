@@ -112,21 +112,31 @@ class _WeightsFile:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor in float32, finite, in memory of its own."""
-        entry = self._header.tensors[name]
-        # A copy: the format does not promise that a tensor is aligned in the file.
-        content = self._data[entry.start - self._offset : entry.stop - self._offset]
-        tensor = torch.frombuffer(content, dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape).float()
-        if not torch.isfinite(tensor).all():
+        tensor = self.read_unchecked(name)
+        if not _is_finite(tensor):
             raise ManifestError(f"tensor {shown(name)} has values that are not finite (NaN or infinity)")
         return tensor
 
+    def read_unchecked(self, name: str) -> torch.Tensor:
+        """A tensor in float32, in memory of its own; what is not finite in it stays so in all that is made of it."""
+        entry = self._header.tensors[name]
+        # A copy: the format does not promise that a tensor is aligned in the file.
+        content = self._data[entry.start - self._offset : entry.stop - self._offset]
+        return torch.frombuffer(content, dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape).float()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """As `isfinite().all()`, in half its time for small tensors: NaN and infinity less themselves are NaN."""
+    return not (tensor - tensor).any()
+
 
 def _load_product(file: _WeightsFile, entry: ModuleEntry, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    a = _dense(file.read(entry.a_name), entry.a_blocks)
-    b = _dense(file.read(entry.b_name), entry.b_blocks).mul(entry.scaling)
+    a = _dense(file.read_unchecked(entry.a_name), entry.a_blocks)
+    b = _dense(file.read_unchecked(entry.b_name), entry.b_blocks).mul(entry.scaling)
     pair = a.to(dtype).contiguous(), b.to(dtype).t().contiguous().t()
     for name, tensor in zip((entry.a_name, entry.b_name), pair, strict=True):
-        if not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
+            file.read(name)  # raises when the file itself has such values
             raise ManifestError(f"tensor {shown(name)} with its scaling {entry.scaling:g} does not fit into {dtype}")
     return pair
 

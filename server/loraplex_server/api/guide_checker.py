@@ -4,6 +4,7 @@ import asyncio
 import logging
 import sys
 from collections import OrderedDict
+from contextlib import suppress
 
 import msgspec
 
@@ -62,6 +63,10 @@ class GuideChecker:
             await self.close()
             return Verdict(error=f"it has not compiled within {STUCK_TIMEOUT_S:g} s; make it simpler")
         except (OSError, asyncio.IncompleteReadError):
+            with suppress(TimeoutError):
+                # It has ended or is about to. A signal sent now could take its exit code from who waits for it.
+                async with asyncio.timeout(STUCK_TIMEOUT_S):
+                    await child.wait()
             await self.close()
             if child.returncode == -TIME_IS_UP:
                 return Verdict(error=f"it takes longer than {COMPILE_CPU_S:g} s to compile; make it simpler")
