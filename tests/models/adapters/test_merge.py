@@ -174,8 +174,8 @@ def test_merges_answer_beside_their_parts_and_the_base(world: World, tmp_path: P
     bench.start()
     prompts = {name: [7, 8, 9, 10 + i] for i, name in enumerate([None, *STRATEGIES])}
     for name, prompt in prompts.items():
-        bench.add(str(name), prompt, name)
-    bench.add("part", [7, 8, 9], "two")
+        bench.add(str(name), prompt, name, ignore_eos=True)
+    bench.add("part", [7, 8, 9], "two", ignore_eos=True)
     bench.run()
     for name, prompt in prompts.items():
         assert truths[name].objection(None, prompt, bench.answer(str(name)), set()) is None, name
