@@ -22,7 +22,7 @@ from loraplex_quant.grouped import GroupedWeight
 from loraplex_quant.keep import Keeping
 from loraplex_quant.method import LinearWeight
 from loraplex_server.config import AdapterConfig, EngineConfig
-from loraplex_server.engine.device_sampler import make_sampler
+from loraplex_server.engine.device_sampler import sampler_kind
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.executor import LocalExecutor
 from loraplex_server.engine.worker import Worker
@@ -209,7 +209,7 @@ def make_world(
         ),
     )  # fmt: skip
     num_kv_blocks = max_batch_size * -(-max_total_tokens // config.block_size) + 8
-    sampler = make_sampler(
+    sampler = sampler_kind(model.device)(
         max_batch_size, model.config.vocab_size, model.device, watermark_gamma=0.5, watermark_delta=2.0
     )
     worker = Worker(

@@ -248,25 +248,9 @@ def _sorted_tops(
     return [TopLogprob(*pair) for pair in sorted(pairs, key=lambda pair: (-pair[1], pair[0]))]
 
 
-def make_sampler(
-    num_rows: int,
-    vocab_size: int,
-    device: torch.device,
-    *,
-    watermark_gamma: float,
-    watermark_delta: float,
-    guided_rows: GuidedRows | None = None,
-) -> Sampler | DeviceSampler:
+def sampler_kind(device: torch.device) -> type[Sampler] | type[DeviceSampler]:
     """The sampler for logits on that device."""
-    kind = DeviceSampler if has_gpu_forms(device) else Sampler
-    return kind(
-        num_rows,
-        vocab_size,
-        device,
-        watermark_gamma=watermark_gamma,
-        watermark_delta=watermark_delta,
-        guided_rows=guided_rows,
-    )
+    return DeviceSampler if has_gpu_forms(device) else Sampler
 
 
 def sampling_warm_ups() -> list[SamplingParams]:

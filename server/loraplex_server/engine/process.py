@@ -26,7 +26,7 @@ from loraplex_server.config import EngineConfig, ServeConfig
 from loraplex_server.control import ControlLine
 from loraplex_server.engine.adapters.manager import AdapterManager
 from loraplex_server.engine.device import DeviceError, rank_device, resolve_device
-from loraplex_server.engine.device_sampler import make_sampler, sampling_warm_ups
+from loraplex_server.engine.device_sampler import sampler_kind, sampling_warm_ups
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.executor import LocalExecutor
 from loraplex_server.engine.guided import GrammarLibrary, GuidedRows
@@ -99,7 +99,7 @@ def build_worker(
         weights = cut_adapter(weights, part)
         return check_against_base(weights, model)
 
-    sampler = make_sampler(
+    sampler = sampler_kind(model.device)(
         config.max_batch_size,
         model.config.vocab_size,
         model.device,

@@ -14,7 +14,7 @@ from loraplex_models.adapters.paged_slots import AdapterRoom, PagedAdapterSlots
 from loraplex_models.decoder import CausalLM
 from loraplex_server.config import EngineConfig
 from loraplex_server.engine.device_batch import DeviceBatchBuilder
-from loraplex_server.engine.device_sampler import make_sampler
+from loraplex_server.engine.device_sampler import sampler_kind
 from loraplex_server.engine.graphs import DecodeGraphs, Replay, graph_sizes
 from loraplex_server.engine.memory import GpuShares, most_total_tokens, settle_adapter_budgets
 from loraplex_server.messages import SamplingParams
@@ -157,7 +157,7 @@ def _keep_decodes(max_batch_size: int, most_tokens: int, model: CausalLM, slots:
 def _choose_tokens(config: EngineConfig, model: CausalLM, most_tokens: int) -> None:
     """Every row draws, with all cuts and penalties; one of them has the longest history."""
     vocab_size, count = model.config.vocab_size, config.max_batch_size
-    sampler = make_sampler(
+    sampler = sampler_kind(model.device)(
         count, vocab_size, model.device, watermark_gamma=config.watermark_gamma, watermark_delta=config.watermark_delta
     )
     params = SamplingParams(
