@@ -105,6 +105,11 @@ class RankPart:
         """The rank's part of all keys of a token; others may have the same."""
         return self._cuts["keys"]
 
+    @property
+    def expert(self) -> Cut | None:
+        """The rank's part of every expert's inner units; None where the model has no experts."""
+        return self._cuts.get("expert")
+
     def linear(self, module: str) -> LinearCut | None:
         """The part of a linear, `layers.0.self_attn.q_proj` or with more before it; None when it is held whole.
 

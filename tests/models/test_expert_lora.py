@@ -13,16 +13,19 @@ import torch
 from engines import EngineBench
 from expert_adapters import BOTH, write_adapter
 from paged_model import PagedModel, random_tokens, true_logits
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, make_tiny
 from tiny_models import load_peft, unload_peft
 from transformers import PreTrainedModel
 from truth import Truth
 
+from loraplex_models.adapters.cut import cut_adapter
 from loraplex_models.adapters.manifest import ManifestError, check_adapter
 from loraplex_models.adapters.slots import AdapterSlots
 from loraplex_models.adapters.weights import load_adapter_weights
 from loraplex_models.config import read_config
+from loraplex_models.cuts import RankPart
 from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
 
@@ -82,32 +85,54 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 FORMS = ("parameters", "gate-up", "down", "modules", "older")
 
 
-def test_mixed_batches_equal_peft(world: tuple[PreTrainedModel, Path]) -> None:
+SEQUENCES = {f"s{i}": random_tokens(length, seed=i) for i, length in enumerate((45, 33, 1, 60, 18, 41, 25, 70))}
+SLOTS = {name: i % (len(FORMS) + 1) - 1 for i, name in enumerate(SEQUENCES)}
+
+
+@pytest.fixture(scope="module")
+def truth(world: tuple[PreTrainedModel, Path]) -> dict[str, torch.Tensor]:
+    """What transformers and peft give for each sequence, alone."""
     model, folder = world
-    ours = load_model(folder / "model", dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single())
+    base = {name: true_logits(model, tokens) for name, tokens in SEQUENCES.items()}
+    found = dict(base)
+    for slot, form in enumerate(FORMS):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = load_peft(folder / form, model)
+        for name in (name for name in SEQUENCES if SLOTS[name] == slot):
+            found[name] = true_logits(adapted, SEQUENCES[name])
+            assert (base[name] - found[name]).abs().max() > 0.05, f"{form} is too weak to tell"
+        unload_peft(adapted)
+    return found
+
+
+def mixed_batches(folder: Path, group: ParallelGroup) -> dict[str, torch.Tensor]:
+    """The same by one of the ranks, in steps of any mix of decodes and chunks."""
+    ours = load_model(folder / "model", dtype=torch.float32, device=torch.device("cpu"), group=group)
+    config = read_config(folder / "model")
     slots = AdapterSlots(ours, len(FORMS) + 1)
     for slot, form in enumerate(FORMS):
-        manifest = check_adapter(folder / form, read_config(folder / "model"), max_rank=8)
-        slots.set(slot, load_adapter_weights(folder / form, manifest, dtype=torch.float32))
+        manifest = check_adapter(folder / form, config, max_rank=8)
+        weights = load_adapter_weights(folder / form, manifest, dtype=torch.float32)
+        slots.set(slot, cut_adapter(weights, RankPart(config, group.rank, group.size)))
     paged = PagedModel(ours, num_blocks=512, slots=slots)
     draw = random.Random(3)
-    tokens = {f"s{i}": random_tokens(length, seed=i) for i, length in enumerate((45, 33, 1, 60, 18, 41, 25, 70))}
-    chosen_slots = {name: i % (len(FORMS) + 1) - 1 for i, name in enumerate(tokens)}
-    for name in tokens:
-        paged.add(name, tokens[name], chosen_slots[name])
-    while waiting := [name for name in tokens if paged.remaining(name)]:
+    for name, tokens in SEQUENCES.items():
+        paged.add(name, tokens, SLOTS[name])
+    while waiting := [name for name in SEQUENCES if paged.remaining(name)]:
         chosen = draw.sample(waiting, draw.randint(1, len(waiting)))
         paged.step({name: min(draw.choice((1, 2, 7, 60)), paged.remaining(name)) for name in chosen})
-    base = {name: true_logits(model, tokens[name]) for name in tokens}
-    for slot, form in ((-1, None), *enumerate(FORMS)):
-        adapted = model if form is None else load_peft(folder / form, model)
-        for name in tokens:
-            if chosen_slots[name] == slot:
-                truth = true_logits(adapted, tokens[name])
-                assert (paged.logits(name) - truth).abs().max() < TOLERANCE, form
-                assert form is None or (base[name] - truth).abs().max() > 0.05, "the adapter is too weak to tell"
-        if form is not None:
-            unload_peft(adapted)
+    return {name: paged.logits(name) for name in SEQUENCES}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_mixed_batches_equal_peft(
+    num_ranks: int, world: tuple[PreTrainedModel, Path], truth: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    _, folder = world
+    for found in run_ranks(num_ranks, tmp_path, lambda group: mixed_batches(folder, group)):
+        for name, expected in truth.items():
+            assert (found[name] - expected).abs().max() < TOLERANCE, (name, SLOTS[name])
 
 
 def test_a_slot_that_is_used_again_keeps_nothing_of_the_adapter_before(world: tuple[PreTrainedModel, Path]) -> None:

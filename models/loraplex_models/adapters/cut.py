@@ -10,7 +10,8 @@ from torch import Tensor
 from loraplex_models.adapters.refusal import ManifestError
 from loraplex_models.adapters.weights import AdapterWeights, ModuleParts
 from loraplex_models.checkpoint import take_part
-from loraplex_models.cuts import CutError, RankPart
+from loraplex_models.cuts import Cut, CutError, RankPart
+from loraplex_models.layers.expert_lora import UP, ExpertPairs
 
 
 def cut_adapter(weights: AdapterWeights, part: RankPart) -> AdapterWeights:
@@ -20,15 +21,11 @@ def cut_adapter(weights: AdapterWeights, part: RankPart) -> AdapterWeights:
     """
     if part.size == 1:
         return weights
-    if weights.experts:
-        raise ManifestError(
-            f"the adapter changes experts, which is not served on {part.size} ranks: serve it with --num-shard 1",
-            "adapter_unsupported",
-        )
     return replace(
         weights,
         modules={name: _cut_module(name, a, b, part) for name, (a, b) in weights.modules.items()},
         parts={name: _cut_parts(name, parts, part) for name, parts in weights.parts.items()},
+        experts=_cut_experts(weights.experts, part.expert),
     )
 
 
@@ -46,6 +43,14 @@ def _cut_parts(name: str, parts: ModuleParts, part: RankPart) -> ModuleParts:
     return ModuleParts(magnitude, b_bias, bias)
 
 
+def _cut_experts(pairs: ExpertPairs, inner: Cut | None) -> ExpertPairs:
+    """Each rank has a run of every expert's inner units: outputs of gate and up, inputs of down."""
+    return {
+        (layer, linear, part, expert): _cut_pair(a, b, *((inner, None) if linear == UP else (None, inner)))
+        for (layer, linear, part, expert), (a, b) in pairs.items()
+    }
+
+
 def _cut_module(name: str, a: Tensor, b: Tensor, part: RankPart) -> tuple[Tensor, Tensor]:
     try:
         cut = part.linear(name)
@@ -53,5 +58,9 @@ def _cut_module(name: str, a: Tensor, b: Tensor, part: RankPart) -> tuple[Tensor
         raise ManifestError(str(error), "adapter_unsupported") from None
     if cut is None:
         return a, b
+    return _cut_pair(a, b, cut.outputs, cut.inputs)
+
+
+def _cut_pair(a: Tensor, b: Tensor, outputs: Cut | None, inputs: Cut | None) -> tuple[Tensor, Tensor]:
     # B keeps its layout, rank by rank.
-    return take_part(a, None, cut.inputs), take_part(b.t(), None, cut.outputs).t()
+    return take_part(a, None, inputs), take_part(b.t(), None, outputs).t()

@@ -178,7 +178,7 @@ class AdapterSlots:
 
     def _check(self, weights: "AdapterWeights") -> None:
         if weights.experts and not self._takes_experts:
-            raise ValueError("LoRA on experts is served on one rank, and on a base model with experts only")
+            raise ValueError("LoRA on experts is served on a base model with experts only")
         sizes = {
             module: (linear.in_size, out_size) for linear in self._linears for module, out_size in linear.parts.items()
         }
@@ -198,7 +198,7 @@ class AdapterSlots:
 def _expert_slots(model: "CausalLM", num_slots: int) -> ExpertSlots | None:
     """Room for pairs on experts; None where the model has no experts, or they are computed otherwise."""
     experts = model.config.experts
-    if experts is None or model.group.size > 1 or has_gpu_forms(model.device):
+    if experts is None or has_gpu_forms(model.device):
         return None
     layers = [layer.index for layer in model.layers if layer.index not in experts.dense_layers]
     sizes = (experts.inner_size, experts.inner_size), (model.config.hidden_size,)

@@ -9,8 +9,10 @@ from torch import Tensor
 from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
 from loraplex_kernels.moe import ExpertRoute
 
-# An expert's linears by name: whether it reads the hidden state (0) or the inner one (1), and its part of the output.
-PLACES = {"gate": (0, 0), "up": (0, 1), "down": (1, 0)}
+# An expert's two linears: one reads the hidden state, the other the inner one.
+UP, DOWN = range(2)
+# By name which of the two, and the part of its output.
+PLACES = {"gate": (UP, 0), "up": (UP, 1), "down": (DOWN, 0)}
 # By layer, which of the two linears, part and expert: A [rank, in] and B [out, rank].
 ExpertPairs = dict[tuple[int, int, int, int], tuple[Tensor, Tensor]]
 

@@ -12,6 +12,7 @@ from loraplex_models.checkpoint import Checkpoint
 from loraplex_models.config import ExpertsConfig
 from loraplex_models.forward import LoraBatch
 from loraplex_models.layers.build import Build
+from loraplex_models.layers.expert_lora import DOWN, UP
 from loraplex_models.layers.linear import Linear
 from loraplex_models.layers.tiled_moe import TiledExpertLinear, TiledExperts
 from loraplex_quant.method import QuantMethod
@@ -111,11 +112,11 @@ class ListedExperts:
         rows = x.index_select(0, route.tokens)
         up = self._up.forward(rows, route.starts)
         if deltas is not None:
-            deltas.add(0, rows, up)
+            deltas.add(UP, rows, up)
         inner = self._activate(up)
         down = self._down.forward(inner, route.starts)
         if deltas is not None:
-            deltas.add(1, inner, down)
+            deltas.add(DOWN, inner, down)
         return sum_experts(down, route, addend)
 
 

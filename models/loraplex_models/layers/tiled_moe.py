@@ -68,7 +68,6 @@ class TiledExperts:
         prefix = f"layers.{index}.{config.names.block}.experts"
         self._up = TiledExpertLinear(build, prefix, hidden_size, up_parts, config.num_experts)
         self._down = TiledExpertLinear(build, prefix, config.inner_size, down_parts, config.num_experts)
-        self._is_whole = build.group.size == 1
         self._num_experts = config.num_experts
         self._num_chosen = config.num_chosen
         self._rescales = config.rescales
@@ -86,8 +85,8 @@ class TiledExperts:
 
     @property
     def linears(self) -> tuple[TiledExpertLinear, ...]:
-        """The linears that adapters may change: none where each rank has a part of them, as adapters are not cut so."""
-        return (self._up, self._down) if self._is_whole else ()
+        """The linears that adapters may change."""
+        return self._up, self._down
 
     def forward(self, x: Tensor, scores: Tensor, lora: LoraBatch | None, addend: Tensor | None) -> Tensor:
         """Return what the chosen experts give, plus `addend`."""

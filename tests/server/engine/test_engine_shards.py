@@ -3,11 +3,13 @@
 import random
 import shutil
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from engines import EngineBench
+from expert_adapters import BOTH, write_adapter
 from ranks import run_ranks
 from slow_dequantization import FIXTURES
 from tiny_families import FAMILIES, make_tiny
@@ -106,6 +108,10 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         f"r{rank}": make_peft_adapter(folder / f"r{rank}", raw, rank=rank, target_modules=linears, seed=rank)
         for rank in RANKS
     }
+    if request.param == "Mixtral":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of peft about its support of stacked parameters
+            adapters["experts"] = write_adapter(folder / "experts", raw, target_modules=[], target_parameters=BOTH)
     return folder / "model", adapters
 
 
