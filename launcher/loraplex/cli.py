@@ -20,6 +20,7 @@ from loraplex import demo, flags
 from loraplex.console import Console
 from loraplex.flags import Settings
 from loraplex.foreign_flags import spread_lora_modules
+from loraplex.gpus import find_gpus
 from loraplex.launch_error import LaunchError
 from loraplex.open_files import raise_open_files
 from loraplex.plan import check_served, make_plan
@@ -117,7 +118,7 @@ def _run_server(settings: Settings, demo_cache: Path | None = None) -> int:
                     facts,
                     look_at_machine(),
                     openmp_set=flags.openmp_variables(),
-                    num_gpus=flags.num_visible_gpus(),
+                    gpus=find_gpus(),
                 )
         except LaunchError as error:
             console.error(str(error))

@@ -278,12 +278,6 @@ def openmp_variables() -> frozenset[str]:
     return frozenset(name for name in os.environ if name.startswith(("OMP_", "GOMP_")))
 
 
-def num_visible_gpus() -> int | None:
-    """How many GPUs the environment makes visible; None where it says nothing of them by number or name."""
-    named = _first_set("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
-    return None if named is None or named in ("all", "none", "void") else len(named.split(","))
-
-
 def user_cache_folder() -> Path:
     """Where this user's caches lie (XDG)."""
     return Path(_first_set("XDG_CACHE_HOME") or Path.home() / ".cache")

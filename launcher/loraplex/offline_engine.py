@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from loraplex.completion import OpenCompletion
 from loraplex.flags import Settings, openmp_variables
+from loraplex.gpus import find_gpus
 from loraplex.launch_error import LaunchError
 from loraplex.offline_ranks import OfflineRanks
 from loraplex.plan import check_served, make_plan
@@ -53,7 +54,7 @@ class OfflineEngine:
     def __init__(self, settings: Settings):
         check_served(settings)
         facts = resolve(settings, progress=True)
-        plan = make_plan(settings, facts, look_at_machine(), openmp_set=openmp_variables())
+        plan = make_plan(settings, facts, look_at_machine(), openmp_set=openmp_variables(), gpus=find_gpus())
         wanted_threads = settings.serve.engine.num_threads
         if "torch" not in sys.modules:
             # OpenMP reads them once, when torch is imported; a caller who was first has his own.

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from loraplex.flags import Settings
+from loraplex.gpus import Gpus
 from loraplex.launch_error import LaunchError
 from loraplex_models.architectures import ARCHITECTURES, refusal
 from loraplex_models.config import ModelConfig
@@ -92,26 +93,26 @@ def make_plan(
     machine: Machine,
     *,
     openmp_set: frozenset[str],
-    num_gpus: int | None = None,
+    gpus: Gpus,
 ) -> LaunchPlan:
     """Resolve every «auto» that the launcher can resolve, and name the processes.
 
-    `openmp_set`: the OpenMP variables that the user has set, which stay as they are. `num_gpus`: the GPUs that the
-    environment makes visible, None where it says nothing.
+    `openmp_set`: the OpenMP variables that the user has set, which stay as they are.
     Raises LaunchError.
     """
     engine = settings.serve.engine
     if facts.config.architecture not in ARCHITECTURES and engine.modeling == "auto":
         raise LaunchError(f"model '{facts.model_id}': {refusal(facts.config.architecture)}")
     quantization = _quantization(engine.quantize, facts)
-    device = "cpu" if engine.device == "auto" else engine.device
-    num_ranks = _num_ranks(settings.launch, device, num_gpus)
+    device = _device(engine, gpus)
+    num_ranks = _num_ranks(settings.launch, device, gpus.count)
     num_local_ranks = num_ranks // settings.launch.nnodes
     if engine.modeling == "transformers" and (num_ranks > 1 or device != "cpu" or engine.rope_scaling):
         raise LaunchError("--modeling transformers is served on one rank, on a CPU and without --rope-scaling only")
     _check_cut(facts, num_ranks)
     dtype = _dtype(engine.dtype, facts, quantization, device)
-    _check_memory(facts, dtype, quantization, machine)
+    if device == "cpu":
+        _check_memory(facts, dtype, quantization, machine)
     cores = max(1, machine.num_cores // num_local_ranks)
     default_threads = 0 if "OMP_NUM_THREADS" in openmp_set else min(cores, MAX_DEFAULT_THREADS)
     threads = engine.num_threads or default_threads
@@ -143,19 +144,25 @@ def make_plan(
     return LaunchPlan(
         config=replace(settings.serve, api=api, engine=resolved),
         processes=(*apis, *engines),
-        summary=_summary(facts, quantization, resolved),
+        summary=_summary(facts, quantization, resolved, gpus.note if engine.device == "auto" else None),
         max_engine_restarts=default_restarts if launch.max_engine_restarts is None else launch.max_engine_restarts,
         meeting_point=_meeting_point(launch) if launch.nnodes > 1 else None,
     )
 
 
-def _num_ranks(launch: LaunchConfig, device: str, num_gpus: int | None) -> int:
+def _device(engine: EngineConfig, gpus: Gpus) -> str:
+    if engine.device != "auto":
+        return engine.device
+    return "cuda" if gpus.count and engine.modeling != "transformers" else "cpu"
+
+
+def _num_ranks(launch: LaunchConfig, device: str, num_gpus: int) -> int:
     """How many ranks share the model, over all machines; TGI's launcher decides the same way."""
-    visible = num_gpus if device == "cuda" else None
+    visible = num_gpus if device == "cuda" else 0
     if launch.num_shard is not None:
         num_ranks = launch.num_shard
     elif launch.sharded:
-        if visible is None or visible < 2:
+        if visible < 2:
             found = "on the CPU there are none" if device == "cpu" else f"{visible or 'no'} GPU is visible"
             raise LaunchError(f"--sharded true takes all visible GPUs, and {found}: say how many with --num-shard")
         num_ranks = visible * launch.nnodes
@@ -163,7 +170,7 @@ def _num_ranks(launch: LaunchConfig, device: str, num_gpus: int | None) -> int:
         num_ranks = launch.nnodes if launch.sharded is False else (visible or 1) * launch.nnodes
     if num_ranks % launch.nnodes:
         raise LaunchError(f"--num-shard {num_ranks} cannot be shared evenly by --nnodes {launch.nnodes}")
-    if visible is not None and num_ranks // launch.nnodes > visible:
+    if visible and num_ranks // launch.nnodes > visible:
         raise LaunchError(f"--num-shard {num_ranks}: {visible} GPUs are visible on this machine")
     return num_ranks
 
@@ -244,7 +251,7 @@ def _keeps_small_numbers(quantization: QuantConfig | OnTheFly, dtype: str) -> bo
 
 
 def _summary(
-    facts: CheckpointFacts, quantization: QuantConfig | OnTheFly | None, engine: EngineConfig
+    facts: CheckpointFacts, quantization: QuantConfig | OnTheFly | None, engine: EngineConfig, note: str | None
 ) -> tuple[str, ...]:
     at = f" at {facts.revision}" if facts.revision else ""
     threads = f"{engine.num_threads} threads" if engine.num_threads else "threads as OMP_* says"
@@ -263,4 +270,4 @@ def _summary(
         f"adapter {adapter.adapter_id}: rank {adapter.rank}, {adapter.num_bytes / MIB:.1f} MiB from {adapter.path}"
         for adapter in facts.adapters
     ]
-    return (*lines, *facts.notes)
+    return (*lines, *facts.notes, *([note] if note else []))

@@ -85,7 +85,7 @@ class EngineConfig:
     dtype: str = setting(
         "auto", "type of weights and computation; auto takes the checkpoint's", choices=("auto", *DTYPES)
     )
-    device: str = setting("auto", "where the model runs; auto takes the best that is served", choices=DEVICES)
+    device: str = setting("auto", "where the model runs; auto: on a GPU where one is visible", choices=DEVICES)
     num_ranks: int = 1  # tensor-parallel, over all machines
     num_local_ranks: int = 1  # those on this machine
     quantize: str | None = setting(
@@ -119,6 +119,9 @@ class EngineConfig:
     )
     starvation_bound_s: float = setting(
         5.0, "seconds in the queue after which a request goes before all others, and running ones may have to give way"
+    )
+    check_kernels: bool = setting(
+        True, "GPU: compare each kernel with plain torch when a kind of GPU is met for the first time"
     )
     cuda_memory_fraction: float = setting(1.0, "GPU: share of its memory that may be taken")
     num_threads: int = setting(0, "CPU threads of the engine; 0 means min(cores, 4), or OMP_NUM_THREADS", minimum=0)

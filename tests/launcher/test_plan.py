@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from loraplex.flags import Settings
+from loraplex.gpus import Gpus
 from loraplex.launch_error import LaunchError
 from loraplex.plan import CheckpointFacts, LaunchPlan, check_served, make_plan
 from loraplex_models.config import ModelConfig, parse_config
@@ -38,7 +39,7 @@ def plan(
     machine: Machine = MACHINE,
     openmp_set: frozenset[str] = frozenset(),
 ) -> LaunchPlan:
-    return make_plan(settings(engine=engine), facts, machine, openmp_set=openmp_set)
+    return make_plan(settings(engine=engine), facts, machine, openmp_set=openmp_set, gpus=Gpus())
 
 
 def test_what_was_found_is_handed_to_the_processes() -> None:
@@ -118,7 +119,7 @@ def test_modeling_transformers_takes_any_architecture_on_one_cpu_rank() -> None:
         settings(LaunchConfig(model_id="m", num_shard=2), engine),
     ):
         with pytest.raises(LaunchError, match="--modeling transformers is served on one rank, on a CPU"):
-            make_plan(refused, facts, MACHINE, openmp_set=frozenset())
+            make_plan(refused, facts, MACHINE, openmp_set=frozenset(), gpus=Gpus())
 
 
 GPTQ = replace(LLAMA, quantization={"quant_method": "gptq", "bits": 4, "group_size": 128})
@@ -213,16 +214,16 @@ def test_what_is_not_served_is_refused_before_anything_is_fetched(
         check_served(settings(launch, engine))
 
 
-def sharded_plan(num_gpus: int | None = None, device: str = "cpu", **launch: Any) -> LaunchPlan:
+def sharded_plan(num_gpus: int = 0, device: str = "cpu", **launch: Any) -> LaunchPlan:
     wanted = settings(LaunchConfig(model_id="m", **launch), EngineConfig(device=device))
-    return make_plan(wanted, FACTS, MACHINE, openmp_set=frozenset(), num_gpus=num_gpus)
+    return make_plan(wanted, FACTS, MACHINE, openmp_set=frozenset(), gpus=Gpus(num_gpus))
 
 
-# Rows are what TGI's launcher decides: --sharded, --num-shard, GPUs that the environment names → ranks.
+# Rows are what TGI's launcher decides: --sharded, --num-shard, GPUs that are visible → ranks.
 @pytest.mark.parametrize(
     ("sharded", "num_shard", "num_gpus", "num_ranks"),
     [
-        (None, None, None, 1),
+        (None, None, 0, 1),
         (None, None, 1, 1),
         (None, None, 4, 4),
         (None, 2, 4, 2),
@@ -230,11 +231,11 @@ def sharded_plan(num_gpus: int | None = None, device: str = "cpu", **launch: Any
         (False, 2, 4, 2),
         (True, None, 4, 4),
         (True, 2, 4, 2),
-        (True, 4, None, 4),
+        (True, 4, 0, 4),
     ],
 )
 def test_the_ranks_follow_the_flags_and_the_visible_gpus(
-    sharded: bool | None, num_shard: int | None, num_gpus: int | None, num_ranks: int
+    sharded: bool | None, num_shard: int | None, num_gpus: int, num_ranks: int
 ) -> None:
     made = sharded_plan(num_gpus, "cuda", sharded=sharded, num_shard=num_shard)
     assert [spec.rank for spec in made.processes] == [None, *range(num_ranks)]
@@ -245,22 +246,44 @@ def test_the_ranks_follow_the_flags_and_the_visible_gpus(
     ("num_gpus", "device", "launch", "named"),
     [
         (1, "cuda", {"sharded": True}, "1 GPU is visible"),
-        (None, "cuda", {"sharded": True}, "no GPU is visible"),
+        (0, "cuda", {"sharded": True}, "no GPU is visible"),
         (4, "cpu", {"sharded": True}, "on the CPU there are none"),
         (2, "cuda", {"num_shard": 3}, "2 GPUs are visible"),
-        (None, "cpu", {"num_shard": 3, "nnodes": 2}, "cannot be shared evenly by --nnodes 2"),
-        (None, "cpu", {"num_shard": 5}, "5 ranks are more than the model's 4 attention heads"),
+        (0, "cpu", {"num_shard": 3, "nnodes": 2}, "cannot be shared evenly by --nnodes 2"),
+        (0, "cpu", {"num_shard": 5}, "5 ranks are more than the model's 4 attention heads"),
     ],
 )
-def test_ranks_that_cannot_be_are_refused(
-    num_gpus: int | None, device: str, launch: dict[str, Any], named: str
-) -> None:
+def test_ranks_that_cannot_be_are_refused(num_gpus: int, device: str, launch: dict[str, Any], named: str) -> None:
     with pytest.raises(LaunchError, match=named):
         sharded_plan(num_gpus, device, **launch)
 
 
 def test_visible_gpus_are_no_ranks_on_the_cpu() -> None:
     assert sharded_plan(4, "cpu").config.engine.num_ranks == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "modeling", "device", "note"),
+    [
+        (Gpus(), "auto", "cpu", None),
+        (Gpus(2), "auto", "cuda", None),
+        (Gpus(2), "transformers", "cpu", None),
+        (Gpus(0, "1 GPU visible, not used"), "auto", "cpu", "1 GPU visible, not used"),
+    ],
+)
+def test_auto_is_a_gpu_where_one_can_be_used(gpus: Gpus, modeling: str, device: str, note: str | None) -> None:
+    wanted = settings(LaunchConfig(model_id="m"), EngineConfig(modeling=modeling))
+    made = make_plan(wanted, FACTS, MACHINE, openmp_set=frozenset(), gpus=gpus)
+    assert made.config.engine.device == device and {spec.device for spec in made.processes} == {None, device}
+    assert made.config.engine.num_ranks == max(1, gpus.count if device == "cuda" else 1)
+    assert (note in made.summary) == (note is not None)
+
+
+def test_a_hosts_memory_need_not_hold_weights_that_go_to_a_gpu() -> None:
+    wanted, small = settings(LaunchConfig(model_id="m"), EngineConfig()), Machine(num_cores=1, memory_bytes=10)
+    make_plan(wanted, FACTS, small, openmp_set=frozenset(), gpus=Gpus(1))
+    with pytest.raises(LaunchError, match="out of memory"):
+        make_plan(wanted, FACTS, small, openmp_set=frozenset(), gpus=Gpus())
 
 
 def test_ranks_of_one_machine_share_its_cores() -> None:

@@ -22,6 +22,7 @@ from loraplex_models.cuts import CutError, RankPart
 from loraplex_models.decoder import CausalLM
 from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup, RanksLost
+from loraplex_quant.config import settle_quantization
 from loraplex_server.config import EngineConfig, ServeConfig
 from loraplex_server.control import ControlLine
 from loraplex_server.engine.adapters.manager import AdapterManager
@@ -31,6 +32,7 @@ from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.executor import LocalExecutor
 from loraplex_server.engine.guided import GrammarLibrary, GuidedRows
 from loraplex_server.engine.heartbeat import Heartbeat
+from loraplex_server.engine.kernel_proof import prove_kernels
 from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_adapter_room, settle_group_limits
 from loraplex_server.engine.profile import free_kv_bytes
 from loraplex_server.engine.shards import GroupExecutor, follow
@@ -148,10 +150,15 @@ def load_base_model(
 ) -> CausalLM:
     """The base model with its weights, or a rank's part; `progress` is told the bytes done and the bytes in all."""
     group = ParallelGroup.single() if group is None else group
+    shape, device = read_config(config.model_path), rank_device(config, group.rank)
+    dtype = resolve_dtype(config.dtype, shape.dtype)
+    if device.type == "cuda" and config.check_kernels:
+        stored, on_the_fly = settle_quantization(config.quantize, shape.quantization)
+        prove_kernels(RankPart(shape, group.rank, group.size).config, stored or on_the_fly, dtype, device)
     return load_model(
         config.model_path,
-        dtype=resolve_dtype(config.dtype, read_config(config.model_path).dtype),
-        device=rank_device(config, group.rank),
+        dtype=dtype,
+        device=device,
         group=group,
         rope_scaling=config.rope_scaling,
         rope_factor=config.rope_factor,
