@@ -6,7 +6,6 @@ the kernels run: by the engine's first start on a kind of GPU, and by bench/gpu.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,10 +170,9 @@ def _expert_pairs(sizes: ModelSizes, numbers: Numbers) -> Pairs:
     if not sizes.has_experts:
         return
     x, weight = numbers(5, sizes.hidden_size), numbers(NUM_EXPERTS, sizes.head_dim, sizes.hidden_size, scale=0.05)
-    found: list[Any] = [
-        module.route_rows(x[:, :NUM_EXPERTS], CHOSEN_EXPERTS, True, None, FEW_ROWS) for module in (moe, reference_moe)
-    ]
-    ours, tiles = (ExpertTiles(*parts, FEW_ROWS) for parts in found)
+    scores = x[:, :NUM_EXPERTS]
+    ours = ExpertTiles(*moe.route_rows(scores, CHOSEN_EXPERTS, True, None, FEW_ROWS), FEW_ROWS)
+    tiles = ExpertTiles(*reference_moe.route_rows(scores, CHOSEN_EXPERTS, True, None, FEW_ROWS), FEW_ROWS)
     yield "shares of experts", ours.weights, tiles.weights
     yield "rows of experts", ours.rows, tiles.rows
     truth = reference_moe.expert_linear(x, weight, tiles, True)
