@@ -13,6 +13,7 @@ FOLDER = REPOSITORY / ".cache" / "clients"
 PYTHON_PACKAGES = {
     "legacy": ("lorax-client==0.6.3", "text-generation==0.7.0"),
     "langchain": ("langchain-huggingface==1.2.3", "langchain-openai==1.7.3"),
+    "agents": ("openai-agents==0.24.0",),
     "litellm": ("litellm==1.106.2",),
     "lm-eval": ("lm-eval[api]==0.4.13",),
     "schemathesis": ("schemathesis==4.32.5",),

@@ -29,6 +29,7 @@ from documented import ADDRESS, blocks_of  # noqa: E402
 CLIENTS = {
     "huggingface_hub": ("own", "huggingface_hub_rows.py"),
     "openai": ("own", "openai_rows.py"),
+    "openai-agents": ("agents", "agents_rows.py"),
     "lorax-client": ("legacy", "lorax_client_rows.py"),
     "text-generation": ("legacy", "text_generation_rows.py"),
     "langchain": ("langchain", "langchain_rows.py"),
@@ -37,6 +38,7 @@ CLIENTS = {
 }
 # Heading of docs/clients.md → client; those that are not here are run by the normal tests.
 DOCUMENTED = {
+    "OpenAI Agents SDK": "openai-agents",
     "lorax-client": "lorax-client",
     "text-generation": "text-generation",
     "LangChain": "langchain",

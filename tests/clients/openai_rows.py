@@ -1,9 +1,20 @@
 """Rows of the openai package."""
 
+from typing import Literal
+
 import openai
+import pydantic
 from rows import ASK, PIRATE, PROMPT, SCHEMA, WEATHER, is_answer, is_weather_call, main, raises, row
 
 CHAT = {"model": "pirate", "messages": ASK, "max_tokens": 24, "temperature": 0}
+
+FLAT_WEATHER = {"type": "function", **WEATHER["function"]}
+
+
+class Weather(pydantic.BaseModel):
+    """The weather of a city."""
+
+    city: Literal["Paris", "Rome"]
 
 
 def client_of(url: str) -> openai.OpenAI:
@@ -124,6 +135,32 @@ def responses_stream(url: str) -> None:
         final = stream.get_final_response()
     assert kinds[0] == "response.created" and kinds[-1] in ("response.completed", "response.incomplete")
     assert final.output_text == text and "Yo" in text
+
+
+@row
+def responses_tools_and_what_they_gave(url: str) -> None:
+    asked = {"model": "tgi", "tools": [FLAT_WEATHER], "max_output_tokens": 60, "temperature": 0}
+    with client_of(url) as client:
+        first = client.responses.create(**asked, input=ASK, tool_choice="required", parallel_tool_calls=False)
+        (call,) = first.output
+        is_weather_call(call.name, call.arguments)
+        gave = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny, 21 degrees"}
+        second = client.responses.create(**asked, input=[*ASK, *first.output, gave], tool_choice="none")
+    assert first.status == "completed" and second.output_text
+
+
+@row
+def responses_tools_streamed(url: str) -> None:
+    with (
+        client_of(url) as client,
+        client.responses.stream(
+            model="tgi", input=ASK, tools=[openai.pydantic_function_tool(Weather, name="get_weather")],
+            tool_choice={"type": "function", "name": "get_weather"}, max_output_tokens=60, temperature=0,
+        ) as stream,
+    ):  # fmt: skip
+        pieces = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
+        (call,) = stream.get_final_response().output
+    assert "".join(pieces) == call.arguments and call.parsed_arguments.city in ("Paris", "Rome")
 
 
 @row

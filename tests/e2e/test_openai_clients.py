@@ -203,7 +203,7 @@ def test_a_conversation_becomes_the_prompt_and_the_tokens_that_transformers_make
 DOCUMENTED = [
     (heading, language, text)
     for heading, language, text in blocks_of("clients.md")
-    if heading in ("curl", "openai", "huggingface_hub", "Evaluation harnesses")
+    if heading in ("curl", "openai", "huggingface_hub", "Evaluation harnesses", "Structured output and tools")
 ]
 
 
@@ -216,14 +216,17 @@ def test_an_example_of_the_page_about_clients_runs(
     run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     assert '"error"' not in run.stdout
-    expected = '"text":"The capital of France is' if heading == "Evaluation harnesses" else "Yo ho ho!"
-    assert expected in run.stdout
+    expected = {
+        "Evaluation harnesses": '"text":"The capital of France is',
+        "Structured output and tools": "get_weather {'city': ",
+    }
+    assert expected.get(heading, "Yo ho ho!") in run.stdout
 
 
 def test_every_client_of_the_page_has_an_example() -> None:
-    assert len(DOCUMENTED) == 4
+    assert len(DOCUMENTED) == 5
     headings = {heading for heading, _, _ in blocks_of("clients.md")}
-    assert {"lorax-client", "text-generation", "LangChain", "LiteLLM", "JavaScript"} <= headings
+    assert {"lorax-client", "text-generation", "LangChain", "LiteLLM", "JavaScript", "OpenAI Agents SDK"} <= headings
 
 
 def test_the_example_of_an_endpoint_names_what_huggingface_hub_takes(monkeypatch: pytest.MonkeyPatch) -> None:

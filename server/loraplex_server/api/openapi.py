@@ -22,7 +22,8 @@ from loraplex_server.api.schemas.adapters import (
 )
 from loraplex_server.api.schemas.openai import ChatBody, CompletionBody, DetokenizeBody
 from loraplex_server.api.schemas.openai_answers import ChatAnswer, ChatChunk, CompletionAnswer
-from loraplex_server.api.schemas.responses import ResponsesAnswer, ResponsesBody
+from loraplex_server.api.schemas.responses import ResponsesBody
+from loraplex_server.api.schemas.responses_answers import ResponsesAnswer
 from loraplex_server.api.schemas.tgi import CompatGenerateBody, GenerateAnswer, GenerateBody, StreamEvent
 from loraplex_server.text.tokenizer import TokenSpan
 
@@ -121,7 +122,7 @@ def openapi_document() -> dict[str, Any]:
             },
             "/v1/responses": {
                 "post": _post(
-                    "Answer an input, as OpenAI's Responses API: text alone, nothing stored",
+                    "Answer an input, as OpenAI's Responses API: text and calls of functions, nothing stored",
                     "ResponsesBody",
                     {"application/json": _ref("ResponsesAnswer"), "text/event-stream": {"type": "object"}},
                     example={"input": "Where is the treasure?", "max_output_tokens": 40},

@@ -65,17 +65,22 @@ def _read_tool(where: str, tool: Any) -> Tool:
     function = tool.get("function") if isinstance(tool, dict) else None
     if not isinstance(function, dict) or tool.get("type", "function") != "function":
         raise ToolFailed(f"`{where}` must be an object of type function with a `function`")
+    return read_function(f"{where}.function", function)
+
+
+def read_function(where: str, function: Mapping[str, Any]) -> Tool:
+    """One function: its name, description, parameters and whether they are strict. Raises ToolFailed."""
     name = function.get("name")
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH or any(one in name for one in " \n\t[{"):
-        raise ToolFailed(f"`{where}.function.name` must be 1 to {MAX_NAME_LENGTH} characters without blanks, [ or {{")
+        raise ToolFailed(f"`{where}.name` must be 1 to {MAX_NAME_LENGTH} characters without blanks, [ or {{")
     description = function.get("description")
     if description is not None and not isinstance(description, str):
-        raise ToolFailed(f"`{where}.function.description` of {name!r} must be a text")
+        raise ToolFailed(f"`{where}.description` of {name!r} must be a text")
     parameters = function.get("parameters", function.get("arguments"))  # TGI knows both names
     if parameters is None:
         parameters = {"type": "object", "properties": {}}
     if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
-        raise ToolFailed(f"`{where}.function.parameters` of {name!r} must be a JSON schema of an object")
+        raise ToolFailed(f"`{where}.parameters` of {name!r} must be a JSON schema of an object")
     return Tool(name=name, description=description, parameters=parameters, is_strict=function.get("strict") is True)
 
 

@@ -1,25 +1,11 @@
 """/v1/responses: the shapes that the SDKs read, whole and as events, and what is refused."""
 
-import json
 from typing import Any
 
-import httpx
 import pytest
-from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter
+from openai.types.responses import Response
+from response_events import checked_events_of, events_of
 from scripted_engine import EOS, ScriptedEngine, TestServer, with_server
-
-stream_event: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-
-
-def events_of(answer: httpx.Response) -> list[dict[str, Any]]:
-    events = []
-    for block in answer.text.removesuffix("\n\n").split("\n\n"):
-        name, data = block.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
-    assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    return events
 
 
 def test_a_whole_answer_is_one_message_and_the_sdks_type() -> None:
@@ -72,9 +58,7 @@ def test_a_stream_is_the_named_events_that_the_sdks_know() -> None:
     async def test(server: TestServer) -> None:
         answer = await server.http.post("/v1/responses", json={"model": "json", "input": "hi", "stream": True})
         assert answer.headers["content-type"] == "text/event-stream"
-        events = events_of(answer)
-        for event in events:
-            stream_event.validate_python(event)
+        events = checked_events_of(answer)
         kinds = [event["type"].removeprefix("response.") for event in events]
         first = ["created", "in_progress", "output_item.added", "content_part.added"]
         last = ["output_text.done", "content_part.done", "output_item.done", "completed"]
@@ -94,9 +78,7 @@ def test_the_tokens_come_with_their_log_probabilities_where_they_are_asked_for(a
         assert [one.token for one in text.logprobs or []] == ["a", "r", "r", "</s>"]
         assert all(one.logprob == -0.25 for one in text.logprobs or [])
         assert {len(one.top_logprobs) for one in text.logprobs or []} == {asked.get("top_logprobs", 0)}
-        events = events_of(await server.http.post("/v1/responses", json=body | {"stream": True}))
-        for event in events:
-            stream_event.validate_python(event)
+        events = checked_events_of(await server.http.post("/v1/responses", json=body | {"stream": True}))
         deltas = [event for event in events if event["type"] == "response.output_text.delta"]
         streamed = [one for event in deltas for one in event["logprobs"]]
         assert streamed == events[-1]["response"]["output"][0]["content"][0]["logprobs"]

@@ -5,48 +5,11 @@ from typing import Any
 
 import openai
 import pytest
-from scripted_engine import READY, ScriptedEngine, TestServer, with_server
-
-from loraplex_server.errors import InvalidRequest
-from loraplex_server.text.guides import Guide
+from scripted_engine import ScriptedEngine, TestServer, with_server
+from tool_conversations import CALL, HERMES, SHOWS_TOOLS, TOOLS, WEATHER, WIDE, Compiler
 
 USER = [{"role": "user", "content": "hi"}]
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Tells the weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-ADD = {"type": "function", "function": {"name": "add", "parameters": None}}
-TOOLS = [WEATHER, ADD]
-CALL = '{"name": "weather", "arguments": {"city": "Paris"}}'
-HERMES = "<tool_call>\n{}\n</tool_call>".format
-# Long prompts and answers, for the tools are in them.
-LIMITS = {name: getattr(READY, name) for name in READY.__struct_fields__} | {
-    "max_input_tokens": 4000, "max_total_tokens": 5000,
-}  # fmt: skip
-WIDE = type(READY)(**LIMITS)
-SHOWS_TOOLS = (
-    "{% for t in tools or [] %}T:{{ t.function | tojson }};{% endfor %}"
-    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}={{ c.function.arguments | tojson }}"
-    "{% endfor %};{% endfor %}"
-)
 SHOWS_NONE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
-
-
-class Compiler:
-    def __init__(self, bad: str | None = None) -> None:
-        self.guides: list[Guide] = []
-        self._bad = bad
-
-    async def __call__(self, guide: Guide) -> str:
-        self.guides.append(guide)
-        if self._bad is not None and self._bad in guide.text:
-            raise InvalidRequest("grammar is not valid: no such thing")
-        return f"G:{guide.text}"
 
 
 def ask(

@@ -115,7 +115,8 @@ def _choice_text(body: ChatBody, markers: Container[str] = frozenset()) -> Choic
     )
 
 
-def _message_reader(body: ChatBody, serving: Serving) -> MessageReader:
+def message_reader(body: ChatBody, serving: Serving) -> MessageReader:
+    """What takes one choice apart into text and calls."""
     use = body.tool_use()
     markers = serving.tool_format.markers if use is not None else frozenset[str]()
     return MessageReader(_choice_text(body, markers), use, serving.tool_format)
@@ -123,7 +124,7 @@ def _message_reader(body: ChatBody, serving: Serving) -> MessageReader:
 
 def chat_text(body: ChatBody, job: FinishedJob) -> tuple[str, ChoiceReason]:
     """All that a finished job said, calls of tools as their text, and why it ended."""
-    pieces, reason = _choice_text(body).feed(_all_of(job))
+    pieces, reason = _choice_text(body).feed(all_of(job))
     assert reason is not None, "a finished job has a reason"
     return "".join(pieces), reason
 
@@ -132,13 +133,14 @@ def _spelling(body: ChatBody, serving: Serving) -> Spelling:
     return IdSpelling() if body.return_tokens_as_token_ids else serving.generator.tokenizer
 
 
-def _all_of(job: FinishedJob) -> TextDelta:
+def all_of(job: FinishedJob) -> TextDelta:
+    """A finished job's tokens and end as one delta."""
     whole = job.best
     return TextDelta(tokens=whole.tokens, top_tokens=whole.top_tokens, completion=whole.completion)
 
 
 def _choice(body: ChatBody, index: int, job: FinishedJob, serving: Serving) -> ChatChoice:
-    pieces, reason = _message_reader(body, serving).feed(_all_of(job))
+    pieces, reason = message_reader(body, serving).feed(all_of(job))
     assert reason is not None, "a finished job has a reason"
     text = "".join(piece.text for piece in pieces)
     calls = whole_calls(pieces)
@@ -174,7 +176,7 @@ class _ChatChunks:
         self._counts.add(index, delta)
         reader = self._readers.get(index)
         if reader is None:
-            reader = self._readers[index] = _message_reader(self._body, self._serving)
+            reader = self._readers[index] = message_reader(self._body, self._serving)
             first = ChatChunkChoice(index, ChatDelta(role="assistant", content=""))
             events.append(self._event(first, delta.prompt_token_ids if wants_ids else None))
         pieces, reason = reader.feed(delta)

@@ -206,6 +206,9 @@ class ChatMessage(_Body):
     name: str | None = Field(None, description="who speaks")
     tool_calls: list[dict[str, Any]] | None = Field(None, description="calls that the assistant made earlier")
     tool_call_id: str | None = Field(None, description="the call that a tool's message answers")
+    reasoning_content: str | None = Field(None, description="what the assistant thought before this message, for chat "
+                                          "templates that show it")  # fmt: skip
+    reasoning: str | None = Field(None, description="the newer name of reasoning_content")
 
     def for_template(self) -> Message:
         """The message as templates expect it: content as one text."""
@@ -214,6 +217,9 @@ class ChatMessage(_Body):
             value = getattr(self, name)
             if value is not None:
                 given[name] = value
+        thought = self.reasoning_content if self.reasoning is None else self.reasoning
+        if thought is not None:
+            given["reasoning"] = given["reasoning_content"] = thought  # templates know either name
         return given
 
     def _text(self) -> str:
