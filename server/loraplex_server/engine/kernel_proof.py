@@ -21,10 +21,12 @@ def prove_kernels(
     """Compare the kernels with their plain torch twins on this GPU, for the sizes of `config`, a rank's part.
 
     What agreed is noted beside the kernels' compiled code, in Triton's cache, and not asked again until the kernels,
-    torch, Triton, the kind of GPU or the sizes change. Raises DeviceError with the kernels that differ.
+    torch, Triton, the kind of GPU or the sizes change. Raises DeviceError with the kernels that differ, or with the
+    reason why one cannot run.
     """
     # Imports Triton, which machines without a GPU may lack.
     import triton
+    from triton.errors import TritonError
 
     import loraplex_kernels
     from loraplex_kernels.self_check import ModelSizes, compare_kernels
@@ -42,7 +44,12 @@ def prove_kernels(
         return
     logger.info("first start of these kernels on %s: comparing each with plain torch", name)
     began = time.monotonic()
-    found = list(compare_kernels(device, dtype, sizes))
+    try:
+        found = list(compare_kernels(device, dtype, sizes))
+    except (TritonError, RuntimeError) as error:
+        raise DeviceError(
+            f"--device cuda: on {name} with {versions} a kernel in {dtype} cannot run: {error}"
+        ) from error
     torch.cuda.empty_cache()
     if wrong := [comparison for comparison in found if not comparison.is_near]:
         named = "; ".join(f"{one.kernel} by {one.error:.1e}, {one.limit:.0e} at most" for one in wrong)

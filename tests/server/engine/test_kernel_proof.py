@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton_interpreter import needs_interpreter
 
 from loraplex_kernels import self_check
@@ -74,7 +75,6 @@ class Asked:
 @pytest.fixture
 def some_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A GPU by name alone; returns the folder of Triton's cache."""
-    pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -110,6 +110,17 @@ def test_a_gpu_on_which_a_kernel_differs_is_refused_each_time(some_gpu: Path, mo
         ) as error:
             prove_kernels(CONFIG, None, torch.float32, CPU)
         assert "rotary" not in str(error.value) and "\n" not in str(error.value)
+    assert not some_gpu.exists()
+
+
+def test_a_kernel_that_does_not_compile_is_a_line(some_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(*_: object) -> Iterator[Comparison]:
+        yield NEAR
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(self_check, "compare_kernels", compare)
+    with pytest.raises(DeviceError, match="cannot run: out of resource: shared memory"):
+        prove_kernels(CONFIG, None, torch.float32, CPU)
     assert not some_gpu.exists()
 
 
