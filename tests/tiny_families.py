@@ -9,7 +9,7 @@ import transformers
 from tiny_models import SEVEN_LINEARS, WEIGHT_STD, make_peft_adapter
 from transformers import PreTrainedModel
 
-ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+SPARSE_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate")  # with the router; experts are tested apart
 PACKED_LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
@@ -35,7 +35,7 @@ FAMILIES = {
     "Qwen3-MoE": Family(
         "Qwen3MoeForCausalLM",
         {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
-        ATTENTION_LINEARS,
+        SPARSE_LINEARS,
     ),
     "Qwen3-MoE, one layer dense": Family(
         "Qwen3MoeForCausalLM",
@@ -46,12 +46,12 @@ FAMILIES = {
             "norm_topk_prob": True,
             "mlp_only_layers": [1],
         },
-        ATTENTION_LINEARS,  # peft takes the names of the dense layer's MLP for the experts'
+        SPARSE_LINEARS,  # peft takes the names of the dense layer's MLP for the experts'
     ),
     "Mixtral": Family(
         "MixtralForCausalLM",
         {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 9},
-        ATTENTION_LINEARS,
+        SPARSE_LINEARS,
     ),
     "Granite": Family(
         "GraniteForCausalLM",

@@ -23,11 +23,14 @@ class RopeConfig:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
+# The linear that chooses a token's experts, in layers that have some; its outputs are their scores.
+ROUTER = "mlp.gate"
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertNames:
-    """What a checkpoint calls the linears: `<block>.gate`, and `<block>.experts.<number>.<gate, up or down>`."""
+    """What a checkpoint calls an expert's linears: `mlp.experts.<number>.<gate, up or down>`."""
 
-    block: str
     gate: str
     up: str
     down: str
@@ -263,10 +266,10 @@ def _attention_scale(raw: dict[str, Any]) -> float | None:
 def _experts(raw: dict[str, Any], architecture: str) -> ExpertsConfig | None:
     if architecture == "MixtralForCausalLM":
         inner_size, rescales = int(_required(raw, "intermediate_size")), True
-        names = ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")
+        names = ExpertNames(gate="w1", up="w3", down="w2")
     elif architecture == "Qwen3MoeForCausalLM":
         inner_size, rescales = int(_required(raw, "moe_intermediate_size")), bool(raw["norm_topk_prob"])
-        names = ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+        names = ExpertNames(gate="gate_proj", up="up_proj", down="down_proj")
     else:
         return None
     num_experts = int(_required(raw, "num_local_experts" if "num_local_experts" in raw else "num_experts"))

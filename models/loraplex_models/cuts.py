@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from loraplex_models.config import ModelConfig
+from loraplex_models.config import ROUTER, ModelConfig
 
 Run = tuple[int, int]  # start and stop, of elements of one dimension
 
@@ -29,8 +29,8 @@ CUT_INPUTS = {
     "experts.down_proj": ("expert",),
     "experts.w2": ("expert",),
 }
-# Routers: every rank sends tokens to the same experts, of each of which it has a part.
-WHOLE = ("mlp.gate", "block_sparse_moe.gate")
+# Every rank sends tokens to the same experts, of each of which it has a part.
+WHOLE = (ROUTER,)
 # The MLP is cut where a vector register or a group of a quantised weight begins, if there are enough of such places.
 MLP_UNITS = (128, 64, 32, 16, 8)
 

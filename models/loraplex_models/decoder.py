@@ -179,6 +179,12 @@ class CausalLM:
         return tuple(linear for mlp in sparse for linear in mlp.expert_linears)
 
     @property
+    def routers(self) -> frozenset[int]:
+        """The linears that score experts, by their index."""
+        sparse = [layer.mlp for layer in self.layers if isinstance(layer.mlp, SparseMLP)]
+        return frozenset(linear.index for mlp in sparse for linear in mlp.linears)
+
+    @property
     def can_be_captured(self) -> bool:
         """Whether a pass on a GPU asks nothing of the device and does nothing new from one to the next."""
         return self.group.can_be_captured

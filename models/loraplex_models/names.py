@@ -15,6 +15,7 @@ _RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\.ln_1\b", ".input_layernorm"),
         (r"\.ln_2\b", ".post_attention_layernorm"),
     ),
+    "MixtralForCausalLM": ((r"\.block_sparse_moe\b", ".mlp"),),
     "PhiForCausalLM": (
         (r"^model\.final_layernorm\b", "model.norm"),
         (r"\.self_attn\.dense\b", ".self_attn.o_proj"),

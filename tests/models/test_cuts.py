@@ -85,7 +85,7 @@ def test_linears_that_are_packed_are_cut_in_each_of_their_parts() -> None:
 def test_every_expert_is_cut_and_the_router_is_whole() -> None:
     config = replace(model(4, 4), experts=ExpertsConfig(8, 2, 64, True, ()))
     first, second = parts_of(config, 2)
-    assert outputs(second, "block_sparse_moe.experts.3.w1") == list(range(32, 64))
+    assert outputs(second, "mlp.experts.3.w1") == list(range(32, 64))
     assert inputs(first, "mlp.experts.7.down_proj") == list(range(32))
     assert second.linear("layers.0.mlp.gate") is None
     assert second.config.experts is not None and second.config.experts.inner_size == 32

@@ -1,5 +1,6 @@
 """LoRA on experts in every form that PEFT writes, in mixed batches, against peft."""
 
+import copy
 import json
 import random
 import shutil
@@ -45,13 +46,16 @@ def write_older_adapter(folder: Path, model: PreTrainedModel, name: str) -> Path
     """As peft wrote it for transformers 4, where each linear of each expert was a module."""
     write_adapter(folder, model, target_modules=["q_proj"])
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    config["target_modules"] = ["q_proj", *EXPERT_LINEARS[name]]
+    config["target_modules"] = ["q_proj", "gate", *EXPERT_LINEARS[name]]
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     tensors = load_file(folder / "adapter_model.safetensors")
     experts = read_config(folder.parent / "model").experts
     assert experts is not None
     generator = torch.Generator().manual_seed(5)
     for layer in range(3):
+        path = f"base_model.model.model.layers.{layer}.{BLOCKS[name]}.gate"
+        tensors[f"{path}.lora_A.weight"] = torch.randn(4, 64, generator=generator) * 0.3
+        tensors[f"{path}.lora_B.weight"] = torch.randn(experts.num_experts, 4, generator=generator) * 0.15
         for expert in range(experts.num_experts):
             for linear, (in_size, out_size) in zip(
                 EXPERT_LINEARS[name],
@@ -74,7 +78,9 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         model = make_tiny(FAMILIES[name], folder / "model")
         patterns = {"rank_pattern": {BOTH[1]: 2}, "alpha_pattern": {BOTH[0]: 3}}
         write_adapter(folder / "parameters", model, target_modules=["q_proj"], target_parameters=BOTH, **patterns)
-        write_adapter(folder / "router", model, target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
+        patterns = {"rank_pattern": {"mlp.gate.weight": 3}, "alpha_pattern": {"mlp.gate": 40, ".*gate.weight": 5}}
+        write_adapter(folder / "router", model, target_modules=[], target_parameters=["mlp.gate.weight"], **patterns)
+        write_adapter(folder / "all", model, target_modules=["q_proj", "gate", *EXPERT_LINEARS[name]])
         write_adapter(folder / "gate-up", model, target_modules=["v_proj"], target_parameters=BOTH[:1], use_rslora=True)
         write_adapter(folder / "down", model, target_modules=[], target_parameters=BOTH[1:], r=3)
         write_adapter(folder / "modules", model, target_modules=["o_proj", *EXPERT_LINEARS[name]])
@@ -82,10 +88,10 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return model, folder
 
 
-FORMS = ("parameters", "gate-up", "down", "modules", "older")
+FORMS = ("parameters", "gate-up", "down", "modules", "older", "router", "all")
 
 
-SEQUENCES = {f"s{i}": random_tokens(length, seed=i) for i, length in enumerate((45, 33, 1, 60, 18, 41, 25, 70))}
+SEQUENCES = {f"s{i}": random_tokens(length, seed=i) for i, length in enumerate((45, 33, 1, 60, 18, 41, 25, 70, 9))}
 SLOTS = {name: i % (len(FORMS) + 1) - 1 for i, name in enumerate(SEQUENCES)}
 
 
@@ -205,11 +211,51 @@ def test_pairs_that_fit_no_expert_are_refused(world: tuple[PreTrainedModel, Path
             check_adapter(adapter, read_config(folder / "model"), max_rank=64)
 
 
-def test_an_adapter_of_routers_is_refused(world: tuple[PreTrainedModel, Path]) -> None:
-    _, folder = world
-    with pytest.raises(ManifestError, match="routers of experts, which is not served") as caught:
-        check_adapter(folder / "router", read_config(folder / "model"), max_rank=8)
-    assert caught.value.error_type == "adapter_unsupported"
+def test_a_router_that_was_a_linear_when_dora_was_trained_on_it(
+    world: tuple[PreTrainedModel, Path], tmp_path: Path
+) -> None:
+    """peft on transformers 5 cannot load it; its formula for linears gives the router's weight."""
+    model, folder = world
+    truth = copy.deepcopy(model)
+    (block,) = (block for name, block in BLOCKS.items() if name.partition("-")[0] in type(model).__name__)
+    generator, tensors = torch.Generator().manual_seed(8), {}
+    for number, layer in enumerate(truth.model.layers):
+        weight = layer.mlp.gate.weight
+        a, b = torch.randn(3, 64, generator=generator) * 0.3, torch.randn(len(weight), 3, generator=generator) * 0.15
+        magnitude = torch.rand(len(weight), generator=generator) + 0.5
+        names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        for name, tensor in zip(names, (a, b, magnitude), strict=True):
+            tensors[f"base_model.model.model.layers.{number}.{block}.gate.{name}"] = tensor
+        with torch.no_grad():
+            changed = weight + 5 / 3 * b @ a
+            weight.copy_(magnitude.unsqueeze(1) * changed / changed.norm(dim=1, keepdim=True))
+    config = {"peft_type": "LORA", "r": 3, "alpha_pattern": {"gate": 5}, "use_dora": True, "target_modules": ["gate"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    ours = load_model(folder / "model", dtype=torch.float32, device=torch.device("cpu"), group=ParallelGroup.single())
+    slots = AdapterSlots(ours, 1)
+    manifest = check_adapter(tmp_path, ours.config, max_rank=8)
+    slots.set(0, load_adapter_weights(tmp_path, manifest, dtype=torch.float32))
+    paged = PagedModel(ours, slots=slots)
+    tokens = random_tokens(30, seed=4)
+    paged.add("a", tokens, 0)
+    expected = true_logits(truth, tokens)
+    assert (paged.run_alone("a", 9) - expected).abs().max() < TOLERANCE
+    assert (true_logits(model, tokens) - expected).abs().max() > 0.05, "the adapter is too weak to tell"
+
+
+def test_a_router_of_a_layer_without_experts_is_refused(tmp_path: Path) -> None:
+    reference = make_tiny(FAMILIES["Qwen3-MoE, one layer dense"], tmp_path / "model")
+    adapter = write_adapter(tmp_path / "a", reference, target_modules=[], target_parameters=["mlp.gate.weight"])
+
+    def misplace(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".layers.0." in name]:
+            tensors[name.replace(".layers.0.", ".layers.1.")] = tensors[name].clone()
+
+    config = read_config(tmp_path / "model")
+    assert set(check_adapter(adapter, config, max_rank=8).modules) == {f"layers.{layer}.mlp.gate" for layer in (0, 2)}
+    with pytest.raises(ManifestError, match=r"layers\.1\.mlp\.gate.* is for a router, layer 1 .* has a plain MLP"):
+        check_adapter(damaged(adapter, tmp_path / "b", misplace), config, max_rank=8)
 
 
 def test_a_rank_beyond_the_servers_is_refused(world: tuple[PreTrainedModel, Path]) -> None:

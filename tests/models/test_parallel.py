@@ -39,7 +39,7 @@ def logits(folder: Path, adapters: list[Path], group: ParallelGroup) -> list[Ten
         weights = cut_adapter(weights, RankPart(config, group.rank, group.size))
         slots.set(slot, check_against_base(weights, model))
     # Captured and plain steps must not meet in one exchange, so ranks must agree on which adapters need plain ones.
-    extras = group.gather_numbers([int(slots.bring_extras({slot})) for slot in range(len(adapters))])
+    extras = group.gather_numbers([int(slots.need_plain_steps({slot})) for slot in range(len(adapters))])
     assert all(of_rank == extras[0] for of_rank in extras)
     paged = PagedModel(model, slots=slots)
     names = [str(slot) for slot in range(-1, len(adapters))]

@@ -13,11 +13,10 @@ from loraplex_models.adapters.pages import RankRows
 from loraplex_models.adapters.refusal import ManifestError, shown, shown_names
 from loraplex_models.adapters.tensor_header import TensorEntry
 from loraplex_models.adapters.tensor_names import ModuleNames, SortedNames
-from loraplex_models.config import ModelConfig
+from loraplex_models.config import ROUTER, ModelConfig
 
 SERVED_DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}  # and the bytes of an element
 # Full matrices of the embeddings, under all their names, and the side of a LoRA pair that is as long as the vocabulary.
-ROUTER = re.compile(r"\.(?:mlp|block_sparse_moe)\.gate\.lora_")
 VOCABULARY_TENSOR = re.compile(
     r"(^|\.)(embed_tokens|lm_head)\."
     r"((modules_to_save\.|original_module\.|base_layer\.)?((?!lora_)[^.]+\.)?weight$|lora_B|lora_embedding_A)"
@@ -193,12 +192,6 @@ class Fit:
                 f" expected names like {shown_names(expected[:3], 3)}{self._trained_on}",
                 "adapter_incompatible",
             )
-        if self._config.experts is not None and any(ROUTER.search(name) for name in found.unmatched):
-            raise ManifestError(
-                "the adapter changes the routers of experts, which is not served: train it without 'gate' in"
-                " target_modules and target_parameters",
-                "adapter_unsupported",
-            )
         if found.unmatched:
             raise ManifestError(
                 f"{len(found.unmatched)} tensors are for modules that the base model does not have:"
@@ -214,11 +207,12 @@ class Fit:
                 f" to {self._config.num_layers - 1}{self._trained_on}",
                 "adapter_incompatible",
             )
-        experts = self._config.experts
-        if experts is not None and _kind(name).startswith("mlp.") and layer not in experts.dense_layers:
+        experts, kind = self._config.experts, _kind(name)
+        if experts is not None and kind.startswith("mlp.") and (kind == ROUTER) == (layer in experts.dense_layers):
+            trained, has = ("a router", "a plain MLP") if kind == ROUTER else ("a plain MLP", "experts")
             raise ManifestError(
-                f"tensor {shown(next(iter(module.names.values())))} is for a plain MLP, layer {layer} of the base model"
-                f" has experts{self._trained_on}",
+                f"tensor {shown(next(iter(module.names.values())))} is for {trained}, layer {layer} of the base model"
+                f" has {has}{self._trained_on}",
                 "adapter_incompatible",
             )
         if "A" in module.names:
@@ -281,7 +275,8 @@ class Fit:
             raise ManifestError(
                 f"{name}: A has rank {rank} and B {b.shape[1] * b_blocks} ({shown(b_name)}): save the adapter again"
             )
-        expected_rank = self._lora.module_rank(module.peft_path)
+        pattern_path = self._lora.pattern_path(module.peft_path)
+        expected_rank = self._lora.module_rank(pattern_path)
         if rank != expected_rank:
             raise ManifestError(
                 f"{name}: {shown(a_name)} has rank {rank}, {CONFIG_FILE} says {expected_rank}"
@@ -292,8 +287,9 @@ class Fit:
             self._check_vector(magnitude, out_features)
         if b_bias := module.names.get("B bias"):
             self._check_vector(b_bias, out_features)
-        self._paths.append(module.peft_path)
-        scaling = self._lora.module_scaling(module.peft_path, rank)
+        if pattern_path == module.peft_path:
+            self._paths.append(module.peft_path)
+        scaling = self._lora.module_scaling(pattern_path, rank)
         return ModuleEntry(
             a_name, b_name, rank, scaling, in_features, out_features, a.dtype, magnitude, b_bias, a_blocks, b_blocks
         )

@@ -81,9 +81,16 @@ class LoraConfig:
     rank_pattern: Patterns
     alpha_pattern: Patterns
     target_modules: tuple[str, ...] | None  # None: not a list of names
+    target_parameters: frozenset[str]
     base_model_name: str | None
     features: LoraFeatures
     warnings: tuple[str, ...]
+
+    def pattern_path(self, module_name: str) -> str:
+        """What PEFT matches patterns to: a module's name, or that of its weight where the config targets this."""
+        words = (*module_name.split("."), "weight")
+        endings = {".".join(words[start:]) for start in range(len(words))}
+        return module_name if self.target_parameters.isdisjoint(endings) else f"{module_name}.weight"
 
     def module_rank(self, module_name: str) -> int:
         """The rank that PEFT gives this module."""
@@ -210,6 +217,13 @@ def _target_modules(raw: dict[str, Any]) -> tuple[str, ...] | None:
     return tuple(value)
 
 
+def _target_parameters(raw: dict[str, Any]) -> frozenset[str]:
+    value = raw.get("target_parameters") or []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        refuse("target_parameters", value, "it must be a list of names or null")
+    return frozenset(value)
+
+
 def _parse_json(content: bytes) -> dict[str, Any]:
     try:
         raw = json.loads(content.decode("utf-8-sig"))
@@ -257,6 +271,7 @@ def parse_lora_config(content: bytes, tensor_names: Iterable[str], *, has_expert
         rank_pattern=_patterns(raw, "rank_pattern", "rank"),
         alpha_pattern=_patterns(raw, "alpha_pattern", "alpha"),
         target_modules=_target_modules(raw),
+        target_parameters=_target_parameters(raw),
         base_model_name=base_model_name or None,
         features=parse_features(raw),
         warnings=tuple(warnings),

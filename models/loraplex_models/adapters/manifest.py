@@ -19,7 +19,7 @@ from loraplex_models.adapters.refusal import CONVERT_COMMAND, shown
 from loraplex_models.adapters.refusal import ManifestError as ManifestError
 from loraplex_models.adapters.tensor_header import TensorEntry, read_tensor_header
 from loraplex_models.adapters.tensor_names import EXPERTS, sort_names
-from loraplex_models.config import ModelConfig
+from loraplex_models.config import ROUTER, ModelConfig
 from loraplex_models.cuts import is_cut_by_inputs
 from loraplex_models.names import served_names
 
@@ -83,8 +83,10 @@ def module_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
     if config.has_packed_linears:
         attention = {"self_attn.qkv_proj": (hidden, queries + 2 * keys), "self_attn.o_proj": (queries, hidden)}
-    if config.experts is not None and not config.experts.dense_layers:
-        return attention
+    if config.experts is not None:
+        attention[ROUTER] = (hidden, config.experts.num_experts)
+        if not config.experts.dense_layers:
+            return attention
     if not config.has_gated_mlp:
         return attention | {"mlp.c_fc": (hidden, intermediate), "mlp.c_proj": (intermediate, hidden)}
     if config.has_packed_linears:

@@ -6,7 +6,7 @@ that kernels are given never change, so a captured graph serves whatever adapter
 are written again only after the last copy or step that reads them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -118,6 +118,7 @@ class PagedAdapterSlots(AdapterSlots):
         super().__init__(model, num_slots)
         experts = model.config.experts
         self._num_linears = len(self._linears)
+        self._routers = model.routers
         self._num_experts = experts.num_experts if experts is not None and model.expert_linears else 0
         shapes = [(linear.in_size, tuple(linear.parts.values())) for linear in self._linears]
         expert_shapes = [(linear.in_size, tuple(linear.parts.values())) for linear in model.expert_linears]
@@ -273,6 +274,17 @@ class PagedAdapterSlots(AdapterSlots):
         """As `route`, with the tiles of these segments already on the device."""
         batch = super().route(segment_start, segment_slots)
         return None if batch is None else replace(batch, tiles=tiles, pages=self.pages_of(set(segment_slots)))
+
+    @property
+    def captured_pages(self) -> tuple[LinearPages | None, ...]:
+        """Those of `pages` that captured steps read: not those of routers, which few adapters change."""
+        return tuple(None if index in self._routers else pages for index, pages in enumerate(self.pages))
+
+    def need_plain_steps(self, slots: Set[int]) -> bool:
+        """Whether an adapter of these slots asks for what captured steps leave out: routers' products among them."""
+        return super().need_plain_steps(slots) or any(
+            not self._routers.isdisjoint(self._residents[slot].linears) for slot in slots
+        )
 
     def pages_of(self, slots: set[int]) -> tuple[LinearPages | None, ...]:
         """Each linear's pages, by its index, then those of experts; None where no adapter of these slots touches it."""

@@ -135,8 +135,8 @@ class AdapterSlots:
                 end.clear(slot)
         self._last_route = None
 
-    def bring_extras(self, slots: Set[int]) -> bool:
-        """Whether an adapter of these slots brings more than products."""
+    def need_plain_steps(self, slots: Set[int]) -> bool:
+        """Whether an adapter of these slots asks for what captured steps leave out: all that is no product."""
         return not self._with_extras.isdisjoint(slots)
 
     def route(self, segment_start: Sequence[int], segment_slots: Sequence[int]) -> LoraBatch | None:

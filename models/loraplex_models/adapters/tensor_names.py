@@ -35,7 +35,7 @@ SERVED_PATH = re.compile(
 END_PATH = re.compile(r"(?P<prefix>(?:model\.)?(?:language_model\.)?(?:model\.)?)(?P<module>embed_tokens|lm_head)")
 EXPERT_PATH = re.compile(
     r"(?P<prefix>(?:model\.)?(?:language_model\.)?(?:model\.)?)"
-    r"(?P<module>layers\.(?:0|[1-9]\d{0,5})\.(?:mlp|block_sparse_moe)\.experts"
+    r"(?P<module>layers\.(?:0|[1-9]\d{0,5})\.mlp\.experts"
     r"(?:\.(?:0|[1-9]\d{0,4})\.[a-z_]+\d?|\.base_layer)?)"
 )
 PEFT_PREFIX = "base_model.model."

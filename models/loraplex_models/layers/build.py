@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
+from loraplex_models.config import ROUTER
 from loraplex_models.cuts import is_cut_by_inputs
 from loraplex_models.layers.embedding import Embedding, Head
 from loraplex_models.layers.linear import Linear
@@ -38,6 +39,14 @@ class Build:
             RowLinear(index, in_size, named, has_bias, keep, self.group)
             if self.group.size > 1 and is_cut_by_inputs(next(iter(named)))
             else Linear(index, in_size, named, has_bias, keep)
+        )
+        self._num_linears += 1
+        return made
+
+    def router(self, prefix: str, in_size: int, num_experts: int) -> Linear:
+        """Make the next linear, which scores experts: whole on every rank, and never quantised."""
+        made = Linear(
+            self._num_linears, in_size, {f"{prefix}.{ROUTER}": num_experts}, has_bias=False, keep=self.keeping.plain
         )
         self._num_linears += 1
         return made

@@ -87,7 +87,7 @@ class ListedExperts:
     ) -> None:
         """Those of the layer with that index."""
         up_parts, down_parts = config.part_sizes(hidden_size)
-        prefix = f"layers.{index}.{config.names.block}.experts"
+        prefix = f"layers.{index}.mlp.experts"
         self._index = index
         self._up = ExpertLinear(build, prefix, hidden_size, up_parts, config.num_experts)
         self._down = ExpertLinear(build, prefix, config.inner_size, down_parts, config.num_experts)
@@ -121,16 +121,17 @@ class ListedExperts:
 
 
 class SparseMLP:
-    """The experts of a layer and their router. See `MLP`, in whose place it stands."""
+    """The experts of a layer and their router. See `MLP`, in whose place it stands.
 
-    linears: tuple[Linear, ...] = ()
+    What adapters change of the router decides about their own tokens' experts only.
+    """
 
     def __init__(
         self, build: Build, index: int, hidden_size: int, config: ExpertsConfig, activate: Callable[..., Tensor]
     ) -> None:
         """The MLP of the layer with that index."""
-        router_parts = {f"layers.{index}.{config.names.block}.gate": config.num_experts}
-        self._router = Linear(-1, hidden_size, router_parts, has_bias=False, keep=build.keeping.plain)
+        self._router = build.router(f"layers.{index}", hidden_size, config.num_experts)
+        self.linears: tuple[Linear, ...] = (self._router,)
         make = TiledExperts if has_gpu_forms(build.device) else ListedExperts
         self._experts: Experts = make(build, index, hidden_size, config, activate)
         self._group = build.group
@@ -158,4 +159,4 @@ class SparseMLP:
         """Return what the chosen experts give for x [T, hidden], plus `addend`."""
         # Each rank has a part of every expert's inner units, and so a summand of what it gives.
         addend = addend if self._group.rank == 0 else None
-        return self._group.all_reduce(self._experts.forward(x, self._router.forward(x, None), lora, addend))
+        return self._group.all_reduce(self._experts.forward(x, self._router.forward(x, lora), lora, addend))

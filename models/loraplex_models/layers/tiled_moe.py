@@ -65,7 +65,7 @@ class TiledExperts:
     ) -> None:
         """Those of the layer with that index."""
         up_parts, down_parts = config.part_sizes(hidden_size)
-        prefix = f"layers.{index}.{config.names.block}.experts"
+        prefix = f"layers.{index}.mlp.experts"
         self._up = TiledExpertLinear(build, prefix, hidden_size, up_parts, config.num_experts)
         self._down = TiledExpertLinear(build, prefix, config.inner_size, down_parts, config.num_experts)
         self._num_experts = config.num_experts

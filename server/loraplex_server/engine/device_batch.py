@@ -86,9 +86,9 @@ class FixedDecodes:
     """
 
     def __init__(
-        self, size: int, max_blocks: int, spare_cell: int, pages: tuple[LinearPages, ...], device: torch.device
+        self, size: int, max_blocks: int, spare_cell: int, pages: tuple[LinearPages | None, ...], device: torch.device
     ) -> None:
-        """`pages`: those of all linears; none for decodes of the base alone."""
+        """`pages`: those of the linears, None where none are read; empty for decodes of the base alone."""
         self.size = size
         self._spare_cell = spare_cell
         long, short = np.int64, np.int32

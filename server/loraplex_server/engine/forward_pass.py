@@ -43,7 +43,7 @@ class ForwardPass:
             self._graphs = DecodeGraphs(
                 model,
                 self._kv_cache,
-                slots.pages,
+                slots.captured_pages,
                 max_batch_size=max_batch_size,
                 max_blocks=max_blocks,
                 spare_cell=num_kv_blocks * block_size,
@@ -68,7 +68,7 @@ class ForwardPass:
         arrays = self._builder.arrays(plan)
         if self._graphs is not None:
             used = {sequence.slot for sequence in plan.sequences if sequence.slot >= 0}
-            if not self._slots.bring_extras(used):
+            if not self._slots.need_plain_steps(used):
                 logits = self._graphs.run(plan, arrays, has_adapters=bool(used), last_token_ids=last_token_ids)
                 if logits is not None:
                     return logits

@@ -35,14 +35,14 @@ class DecodeGraphs:
         self,
         model: CausalLM,
         kv_cache: KVCache,
-        pages: tuple[LinearPages, ...],
+        pages: tuple[LinearPages | None, ...],
         *,
         max_batch_size: int,
         max_blocks: int,
         spare_cell: int,
         capture: Capture,
     ) -> None:
-        """`pages`: those of all linears, for decodes with adapters; `spare_cell`: a KV cell that nobody reads."""
+        """`pages`: see `PagedAdapterSlots.captured_pages`; `spare_cell`: a KV cell that nobody reads."""
         self._model = model
         self._kv_cache = kv_cache
         self._pages = pages

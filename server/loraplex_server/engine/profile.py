@@ -146,7 +146,7 @@ def _keep_decodes(max_batch_size: int, most_tokens: int, model: CausalLM, slots:
     DecodeGraphs(
         model,
         model.new_kv_cache(1, BLOCK_SIZE),
-        slots.pages,
+        slots.captured_pages,
         max_batch_size=max_batch_size,
         max_blocks=-(-most_tokens // BLOCK_SIZE),
         spare_cell=0,

@@ -127,8 +127,9 @@ def test_a_filled_up_batch_gives_the_logits_of_the_batch_alone(
         return run_again(forward)
 
     graphs = DecodeGraphs(
-        model, cache, slots.pages, max_batch_size=4, max_blocks=MAX_BLOCKS, spare_cell=SPARE_CELL, capture=capture
-    )
+        model, cache, slots.captured_pages, max_batch_size=4, max_blocks=MAX_BLOCKS, spare_cell=SPARE_CELL,
+        capture=capture,
+    )  # fmt: skip
     rng = random.Random(5)
     mixes = [([-1, 0, 1], adapters), ([0, 0, 1, 1], adapters[::-1]), ([-1, -1, -1], adapters), ([-1, -1, 1], adapters)]
     with torch.inference_mode():
@@ -149,6 +150,23 @@ def test_a_filled_up_batch_gives_the_logits_of_the_batch_alone(
             for layer, same in zip(cache.layers, other.layers, strict=True):
                 assert torch.allclose(layer[:SPARE_CELL], same[:SPARE_CELL], atol=1e-4)
     assert len(captured) == 2
+
+
+def test_a_step_with_an_adapter_of_routers_has_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETS", True)
+    reference = make_tiny(FAMILIES["Mixtral"], tmp_path / "model", num_hidden_layers=1)
+    paths = [
+        make_peft_adapter(tmp_path / name, reference, target_modules=linears)
+        for name, linears in (("attention", ["q_proj"]), ("router", ["q_proj", "gate"]))
+    ]
+    model, adapters = loaded(tmp_path, paths)
+    slots = PagedAdapterSlots(model, 2, 64)
+    for slot, weights in enumerate(adapters):
+        slots.set(slot, weights)
+    assert not slots.need_plain_steps({0}) and slots.need_plain_steps({0, 1})
+    assert [pages is None for pages in slots.captured_pages] == [False, False, True, False, False]
+    slots.set(1, adapters[0])
+    assert not slots.need_plain_steps({0, 1})
 
 
 def test_a_step_with_a_chunk_has_no_graph(parts) -> None:
