@@ -73,8 +73,13 @@ def cli() -> None:
 
 
 def _serve(**_: Any) -> int:
-    """Serve a base model and its adapters."""
+    """Serve a base model and its adapters. MODEL, as vLLM has it, is another way to give --model-id."""
     context = click.get_current_context()
+    model = context.params.pop("model")
+    if model is not None:
+        if context.get_parameter_source("model_id") is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"two models are given: {model} and --model-id {context.params['model_id']}")
+        context.params["model_id"] = model
     return _run_server(flags.settings_from(context))
 
 
@@ -95,7 +100,8 @@ _CACHE_OPTION = click.Option(
     ["--demo-cache"], envvar="DEMO_CACHE", type=click.Path(file_okay=False), help="folder for the converted demo model"
 )
 _SERVE_OPTIONS = [*flags.options(), _ENV_FLAG]
-cli.add_command(click.Command("serve", callback=_serve, params=_SERVE_OPTIONS, help=_serve.__doc__))
+_MODEL = click.Argument(["model"], required=False)
+cli.add_command(click.Command("serve", callback=_serve, params=[_MODEL, *_SERVE_OPTIONS], help=_serve.__doc__))
 cli.add_command(click.Command("demo", callback=_demo, params=[*_SERVE_OPTIONS, _CACHE_OPTION], help=_demo.__doc__))
 
 

@@ -142,11 +142,10 @@ def options() -> list[click.Parameter]:
     )
     for ignored in IGNORED:
         name = ignored.flag[2:].replace("-", "_")
+        variable = name.upper() if ignored.is_read else None
         kind: dict[str, Any] = {} if ignored.takes_value else {"is_flag": True}
         result.append(
-            _SettingOption(
-                [ignored.flag], envvar=name.upper(), help=f"no effect: {ignored.reason}", hidden=True, **kind
-            )
+            _SettingOption([ignored.flag], envvar=variable, help=f"no effect: {ignored.reason}", hidden=True, **kind)
         )
     return result
 

@@ -78,7 +78,7 @@ def page() -> str:
         "",
         "## Accepted without effect",
         "",
-        "Flags of TGI and vLLM that have no meaning here. Each is answered with one warning line.",
+        "Flags of TGI, LoRAX and vLLM that have no meaning here. Each is answered with one warning line.",
         "",
         "| flag | why |",
         "|---|---|",

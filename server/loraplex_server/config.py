@@ -157,6 +157,7 @@ class ApiConfig:
         "adapter", "whom waiting requests take turns between: adapter, api-key, header:NAME, or none (first come)"
     )
     tokenizer_config_path: str | None = setting(None, "tokenizer_config.json to use instead of the model's")
+    chat_template: str | None = setting(None, "file with the chat template (Jinja) to use instead of the model's")
     adapter_chat_templates: bool = setting(
         False, "use the chat template that an adapter's folder holds for its chats; off: the model's for all"
     )

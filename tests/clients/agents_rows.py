@@ -3,11 +3,18 @@
 from typing import Literal
 
 import openai
+import pydantic
 from agents import Agent, ModelSettings, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
 from rows import PIRATE, QUESTION, main, row
 
 set_tracing_disabled(True)
 CITIES = ("Paris", "Rome")
+
+
+class Size(pydantic.BaseModel):
+    """How large a city is."""
+
+    size: Literal["small", "large"]
 
 
 @function_tool
@@ -47,6 +54,18 @@ async def an_agent_calls_its_function(url: str) -> None:
         talker = agent_of(client, "pirate", instructions="Be brief.", model_settings=ModelSettings(max_tokens=24))
         said = await Runner.run(talker, found.to_input_list())
     assert said.final_output
+
+
+@row
+async def an_agent_with_functions_answers_in_a_type_of_its_own(url: str) -> None:
+    settings = ModelSettings(max_tokens=60, temperature=0)
+    async with client_of(url) as client:
+        agent = agent_of(
+            client, "tgi", tools=[get_weather], tool_use_behavior="stop_on_first_tool", model_settings=settings,
+            output_type=Size,
+        )  # fmt: skip
+        found = await Runner.run(agent, QUESTION)
+    assert isinstance(found.final_output, Size) or found.final_output in [f"sunny in {city}" for city in CITIES]
 
 
 @row

@@ -50,6 +50,13 @@ def test_an_unknown_flag_is_one_line_with_the_nearest_real_name(
     assert error.count("\n") == 1
 
 
+def test_the_model_may_stand_without_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = run(capsys, "serve", "/no/such/model")
+    assert code != 0 and "/no/such/model" in error
+    code, error = run(capsys, "serve", "one", "--model-id", "other")
+    assert code == 2 and "two models are given: one and --model-id other" in error
+
+
 def test_a_bad_value_names_the_variable_it_came_from(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

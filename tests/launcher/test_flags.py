@@ -213,6 +213,25 @@ def test_names_of_vllm_mean_our_settings() -> None:
     assert len(settings.warnings) == 1  # --enable-lora
 
 
+def test_more_names_of_vllm_mean_our_settings() -> None:
+    settings = settings_of(
+        *["--model", "m", "-tp", "2", "--gpu-memory-utilization", "0.9", "--quantization", "awq"],
+        *["--download-dir", "/cache", "--no-enable-prefix-caching", "--chat-template", "/t.jinja"],
+    )
+    assert (settings.launch.num_shard, settings.launch.huggingface_hub_cache) == (2, "/cache")
+    assert settings.serve.engine.cuda_memory_fraction == 0.9 and settings.serve.engine.quantize == "awq"
+    assert not settings.serve.engine.prefix_caching and settings.serve.api.chat_template == "/t.jinja"
+    assert settings_of("--no-prefix-caching", "--enable-prefix-caching").serve.engine.prefix_caching
+    assert settings.warnings == ()
+
+
+def test_flags_without_effect_that_are_not_tgis_are_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ignored in IGNORED:
+        if not ignored.is_read:
+            monkeypatch.setenv(ignored.flag[2:].replace("-", "_").upper(), "anything")
+    assert settings_of("--model-id", "m").warnings == ()
+
+
 @pytest.mark.parametrize(
     "args",
     [

@@ -87,10 +87,13 @@ def listen(config: ApiConfig) -> socket.socket:
     return listener
 
 
-def _load_chat_template(folder: str, tokenizer_config_path: str | None) -> ChatTemplate | None:
+def _load_chat_template(folder: str, api: ApiConfig) -> ChatTemplate | None:
+    """The template of the model's chats, if it has one. Raises TokenizerError where the operator's own is broken."""
     try:
-        return ChatTemplate.load(folder, tokenizer_config_path)
+        return ChatTemplate.load(folder, api.tokenizer_config_path, api.chat_template)
     except ChatTemplateError as error:
+        if api.chat_template is not None:
+            raise TokenizerError(f"--chat-template: {error}") from None
         # Every route but chat serves without it, and chat says that there is none.
         logger.warning("no chat: %s", error)
         return None
@@ -180,7 +183,7 @@ class _ApiProcess:
         tokenizer = await asyncio.to_thread(
             Tokenizer.load, engine.model_path, api.validation_workers, api.tokenizer_config_path
         )
-        chat_template = await asyncio.to_thread(_load_chat_template, engine.model_path, api.tokenizer_config_path)
+        chat_template = await asyncio.to_thread(_load_chat_template, engine.model_path, api)
         self._text = tokenizer, chat_template
         await self._start_serving()
         keep_what_is_loaded()

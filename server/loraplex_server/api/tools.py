@@ -21,10 +21,13 @@ from loraplex_server.text.tools import CallDelta, ToolUse
 MISTRAL_ID_LENGTH = 9
 
 
-async def call_guide(serving: Serving, use: ToolUse) -> Guide | None:
-    """The guide of an answer that must call a tool, None where it need not. Raises ToolFailed, naming the tool."""
+async def call_guide(serving: Serving, use: ToolUse, answer: Guide | None) -> Guide | None:
+    """The guide of an answer that must call a tool, or may instead of the `answer` that was asked for; or None.
+
+    Raises ToolFailed, naming the tool.
+    """
     special_id = serving.generator.tokenizer.special_id
-    guide = tools_guide(serving.tool_format, use, special_id)
+    guide = tools_guide(serving.tool_format, use, special_id, answer)
     if guide is None:
         return None
     compile_guide = serving.generator.admission.grammar
@@ -32,7 +35,8 @@ async def call_guide(serving: Serving, use: ToolUse) -> Guide | None:
         await compile_guide(guide)
     except InvalidRequest:
         for tool in use.callable_tools:
-            alone = tools_guide(serving.tool_format, dataclasses.replace(use, callable_names=(tool.name,)), special_id)
+            only = dataclasses.replace(use, choice="required", callable_names=(tool.name,))
+            alone = tools_guide(serving.tool_format, only, special_id)
             assert alone is not None, "a call is still asked for"
             try:
                 await compile_guide(alone)

@@ -169,15 +169,19 @@ class ChatTemplate:
         return self._special_tokens
 
     @classmethod
-    def load(cls, folder: str, tokenizer_config_path: str | None = None) -> "ChatTemplate | None":
+    def load(
+        cls, folder: str, tokenizer_config_path: str | None = None, template_path: str | None = None
+    ) -> "ChatTemplate | None":
         """The template of a model's folder, or None where there is none. Raises ChatTemplateError.
 
-        The first of: the file at `tokenizer_config_path`, chat_template.jinja, chat_template.json,
-        tokenizer_config.json. Of several named templates it is the one named "default".
+        The first of: the file at `template_path`, the one at `tokenizer_config_path`, chat_template.jinja,
+        chat_template.json, tokenizer_config.json. Of several named templates it is the one named "default".
         """
         base = Path(folder)
         config = _read_json(Path(tokenizer_config_path) if tokenizer_config_path else base / "tokenizer_config.json")
-        source = _default_of(config.get("chat_template")) if tokenizer_config_path else None
+        source = None if template_path is None else _read(Path(template_path))
+        if source is None and tokenizer_config_path:
+            source = _default_of(config.get("chat_template"))
         if source is None and (base / "chat_template.jinja").is_file():
             source = _read(base / "chat_template.jinja")
         if source is None:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import llguidance
 import numpy as np
@@ -11,7 +10,7 @@ from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
 
 from loraplex_server.text.guides import Guide
-from loraplex_server.text.json_schema import closed
+from loraplex_server.text.json_schema import laid_out
 
 # What a compiler says of a grammar may quote all of it.
 MAX_REASON_CHARACTERS = 300
@@ -41,17 +40,11 @@ def grammar_of(guide: Guide) -> str:
 
 
 def _schema_with_options(guide: Guide) -> str:
-    options: dict[str, Any] = {"whitespace_flexible": guide.whitespace is not None}
-    if guide.whitespace is None:
-        # As Python's json writes it, and as most models do.
-        options |= {"item_separator": ", ", "key_separator": ": "}
-    else:
-        options["whitespace_pattern"] = guide.whitespace
     try:
-        schema = closed(json.loads(guide.text))
+        schema = json.loads(guide.text)
         if schema is False:
             raise GuideError("the schema is false, which nothing satisfies")
-        return json.dumps(({} if schema is True else schema) | {"x-guidance": options})
+        return json.dumps(laid_out(schema, guide.whitespace))
     except RecursionError:
         raise GuideError("the schema is nested too deeply") from None
 

@@ -10,6 +10,17 @@ _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSc
 _PLAIN = ("enum", "const", "default", "examples", "required", "x-guidance")
 
 
+def laid_out(schema: Any, whitespace: str | None) -> dict[str, Any]:
+    """The schema as llguidance takes it, closed, with white space of a pattern or like a model's own: `, ` and `: `."""
+    options: dict[str, Any] = {"whitespace_flexible": whitespace is not None}
+    if whitespace is None:
+        # As Python's json writes it, and as most models do.
+        options |= {"item_separator": ", ", "key_separator": ": "}
+    else:
+        options["whitespace_pattern"] = whitespace
+    return ({} if schema is True else closed(schema)) | {"x-guidance": options}
+
+
 def closed(schema: Any) -> Any:
     """The schema with `additionalProperties: false` where an object names its properties and nothing is said of others.
 

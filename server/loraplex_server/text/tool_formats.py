@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+from loraplex_server.errors import InvalidRequest
 from loraplex_server.text.guides import Guide, checked_guide, lark_text
-from loraplex_server.text.json_schema import closed
+from loraplex_server.text.json_schema import laid_out
 from loraplex_server.text.tools import Tool, ToolUse
 
 # A model that must call tools, and may go on, could call them for ever.
@@ -66,12 +67,15 @@ def find_format(name: str, template_source: str) -> ToolFormat:
     return MISTRAL_NAME_FIRST if found is MISTRAL and "[ARGS]" in template_source else found
 
 
-def tools_guide(tool_format: ToolFormat, use: ToolUse, special_token: Callable[[str], int | None]) -> Guide | None:
+def tools_guide(
+    tool_format: ToolFormat, use: ToolUse, special_token: Callable[[str], int | None], answer: Guide | None = None
+) -> Guide | None:
     """The guide of an answer that must call a tool, in the model's own format; None where it need not.
 
+    With the schema of an `answer` in place of calls, one that need not is of that schema or calls a tool.
     `special_token` gives the id of a text that is a special token. Raises InvalidRequest where it gets too large.
     """
-    if use.choice == "auto":
+    if use.choice == "auto" and answer is None:
         return None
 
     def literal(text: str) -> list[str]:
@@ -88,7 +92,8 @@ def tools_guide(tool_format: ToolFormat, use: ToolUse, special_token: Callable[[
     more = f"({' '.join([*literal(tool_format.separator), 'call'])}){{0,{MAX_CALLS - 1}}}" if use.is_parallel else ""
     outside, inside = ((marker, end), ([], [])) if tool_format.marks_all else (([], []), (marker, end))
     lines = [
-        " ".join(["start:", *outside[0], "call", more, *outside[1]]),
+        "start: calls",
+        " ".join(["calls:", *outside[0], "call", more, *outside[1]]),
         " ".join(["call:", *inside[0], f"({' | '.join(f'tool_{i}' for i in range(len(tools)))})", *inside[1]]),
     ]
     for i, tool in enumerate(tools):
@@ -99,10 +104,23 @@ def tools_guide(tool_format: ToolFormat, use: ToolUse, special_token: Callable[[
             before, after = [lark_text(head)], [lark_text("}")]
         lines.append(" ".join([f"tool_{i}:", *before, f"arguments_{i}", *after]))
         lines.append(f"arguments_{i}: %json {_schema_of(tool)}")
+    if use.choice == "auto" and answer is not None:
+        lines[0] += " | answer"
+        lines.append(f"answer: %json {_schema_of_answer(answer)}")
     return checked_guide("tools", Guide("lark", "\n".join(lines)))
 
 
 def _schema_of(tool: Tool) -> str:
-    options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    schema = closed({"type": "object", **tool.parameters})
-    return msgspec.json.encode(schema | {"x-guidance": options | {"lenient": not tool.is_strict}}).decode()
+    schema = laid_out({"type": "object", **tool.parameters}, None)
+    return msgspec.json.encode(schema | {"x-guidance": schema["x-guidance"] | {"lenient": not tool.is_strict}}).decode()
+
+
+def _schema_of_answer(answer: Guide) -> str:
+    assert answer.kind == "json_schema", "other guides do not go with tools"
+    try:
+        schema = json.loads(answer.text)
+        if schema is False:
+            raise InvalidRequest("the schema of the answer is false, which nothing satisfies")
+        return json.dumps(laid_out(schema, answer.whitespace))
+    except RecursionError:
+        raise InvalidRequest("the schema of the answer is nested too deeply") from None

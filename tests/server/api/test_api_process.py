@@ -210,6 +210,16 @@ def test_a_model_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     assert "tokenizer.json" in said["error"]
 
 
+def test_a_chat_template_of_the_operators_own_that_is_broken_is_one_line(tmp_path: Path) -> None:
+    save_byte_tokenizer(tmp_path)
+    (tmp_path / "own.jinja").write_text("{% if %}")
+    child = Child(tmp_path, chat_template=str(tmp_path / "own.jinja"))
+    said = child.said()
+    assert (said["event"], child.end()) == ("failed", 1)
+    child.close()
+    assert str(said["error"]).startswith("--chat-template: the chat template does not compile")
+
+
 def test_the_engines_loss_ends_every_stream_with_an_error_and_the_process_with_1(child: Child) -> None:
     child.become_ready()
     stream = OpenStream(child)

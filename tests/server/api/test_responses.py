@@ -87,6 +87,43 @@ def test_the_tokens_come_with_their_log_probabilities_where_they_are_asked_for(a
     with_server(test)
 
 
+def test_what_chat_takes_besides_openais_fields_is_taken_here_too() -> None:
+    async def test(server: TestServer) -> None:
+        body = {
+            "input": "hi", "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": 0.5,
+            "frequency_penalty": 0.25, "min_tokens": 2, "ignore_eos": True, "stop": " wo", "lora_path": "pirate",
+            "chat_template_kwargs": {"suffix": "!"},
+        }  # fmt: skip
+        answer = await server.http.post("/v1/responses", json=body | {"adapter_id": "json"})
+        assert answer.status_code == 422 and "name different adapters" in answer.json()["error"]["message"]
+        answer = await server.http.post("/v1/responses", json=body | {"lora_path": None})
+        assert answer.json()["output"][0]["content"][0]["text"] == "hello"
+        (request,) = server.engine.requests
+        assert bytes(request.prompt_token_ids).decode() == "u:hi;a:!"
+        sampling = request.sampling
+        assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (5, 0.1, 1.2)
+        assert (sampling.presence_penalty, sampling.count_penalty) == (0.5, 0.25)
+        assert (sampling.min_new_tokens, sampling.ignore_eos) == (2, True)
+
+    with_server(test)
+
+
+@pytest.mark.parametrize(
+    ("effort", "kwargs", "prompt"),
+    [("high", {}, "high,"), ("none", {}, "none,False"), ("none", {"enable_thinking": True}, "none,True")],
+)
+def test_how_much_to_think_is_told_to_the_template(effort: str, kwargs: dict[str, Any], prompt: str) -> None:
+    async def test(server: TestServer) -> None:
+        more = {"chat_template_kwargs": kwargs}
+        await server.http.post("/v1/responses", json={"input": "hi", "reasoning": {"effort": effort}} | more)
+        chat = {"messages": [{"role": "user", "content": "hi"}], "reasoning_effort": effort}
+        await server.http.post("/v1/chat/completions", json=chat | more)
+        prompts = [bytes(request.prompt_token_ids).decode() for request in server.engine.requests]
+        assert prompts == [prompt, prompt]
+
+    with_server(test, chat_template="{{ reasoning_effort }},{{ enable_thinking }}")
+
+
 def test_what_is_never_in_an_answer_may_be_asked_for() -> None:
     async def test(server: TestServer) -> None:
         answer = await server.http.post(

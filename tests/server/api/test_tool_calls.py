@@ -94,6 +94,20 @@ def test_a_call_that_must_come_has_a_grammar_of_the_tools_it_may_call(
     assert answer["choices"][0]["finish_reason"] == reason
 
 
+def test_an_answer_of_a_schema_may_be_a_call_instead() -> None:
+    fields = {"tools": TOOLS, "response_format": {"type": "json_object"}}
+    _, answer, _, grammars = ask(fields, HERMES(CALL))
+    assert grammars[0] is not None and "start: calls | answer" in grammars[0]
+    assert calls_of(answer) == [("weather", {"city": "Paris"})]
+    _, answer, _, _ = ask(fields, '{"a": 1}')
+    assert answer["choices"][0]["message"]["content"] == '{"a": 1}'
+    # Where a call must come, the schema of an answer has no place.
+    _, _, _, grammars = ask(fields | {"tool_choice": "required"}, HERMES(CALL))
+    assert grammars[0] is not None and "answer" not in grammars[0]
+    _, _, _, grammars = ask(fields | {"tool_choice": "none"}, '{"a": 1}')
+    assert grammars == ['G:{"type":"object"}']
+
+
 def test_earlier_calls_and_their_results_reach_the_template() -> None:
     function = {"name": "weather", "arguments": '{"city": "Paris"}'}
     messages = [
@@ -215,7 +229,7 @@ def test_a_call_that_is_cut_says_so() -> None:
         ({"tools": TOOLS, "tool_choice": 5}, "`tool_choice` must be"),
         ({"tool_choice": "required"}, "there are no `tools`"),
         ({"tools": [], "tool_choice": "weather"}, "there are no `tools`"),
-        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "Grammar and tools are mutually exclusive"),
+        ({"tools": TOOLS, "guided_regex": "a+"}, "Grammar and tools are mutually exclusive"),
         ({"messages": [*USER, {"role": "tool", "content": "5", "tool_call_id": "x"}]}, "'x', which was not made"),
     ],
 )

@@ -217,6 +217,16 @@ def test_the_named_settings_file_goes_before_all(tmp_path: Path) -> None:
     assert template is not None and template.render(Conversation(messages=[USER], variables={})) == "jinja"
 
 
+def test_a_template_of_the_operators_own_goes_before_those(tmp_path: Path) -> None:
+    folder = write(tmp_path, chat_template__jinja="jinja")
+    own = tmp_path / "own.jinja"
+    own.write_text("own")
+    template = ChatTemplate.load(folder, None, str(own))
+    assert template is not None and template.render(Conversation(messages=[USER], variables={})) == "own"
+    with pytest.raises(ChatTemplateError, match=r"nowhere\.jinja' cannot be read"):
+        ChatTemplate.load(folder, None, str(tmp_path / "nowhere.jinja"))
+
+
 def test_of_named_templates_the_default_is_taken(tmp_path: Path) -> None:
     named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]
     template = ChatTemplate.load(write(tmp_path, tokenizer_config__json={"chat_template": named}))

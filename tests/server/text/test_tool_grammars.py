@@ -80,6 +80,25 @@ def test_calls_written_by_the_grammar_are_read_back_and_satisfy_their_schemas(
     assert (is_parallel and choice == "required") or counts == {1}
 
 
+@pytest.mark.parametrize("tool_format", FORMATS, ids=lambda f: f.name + "-2" * f.name_first)
+def test_with_the_schema_of_an_answer_a_text_is_that_or_calls(walker: GrammarWalker, tool_format: ToolFormat) -> None:
+    use = read_tool_use(TOOLS, "auto", True)
+    assert use is not None and tools_guide(tool_format, use, walker.special_id) is None
+    schema = {"type": "object", "properties": {"size": {"type": "integer"}}, "required": ["size"]}
+    guide = tools_guide(tool_format, use, walker.special_id, schema_guide("s", schema))
+    assert guide is not None
+    num_calls = []
+    for seed in range(12):
+        text = walker.text(guide, seed)
+        reader = ToolReader(tool_format, use.callable_names)
+        outputs = [*map(reader.feed, text), reader.end()]
+        num_calls.append(reader.num_calls)
+        if not reader.num_calls:
+            assert "".join(said for said, _ in outputs) == text
+            jsonschema.validate(json.loads(text), schema | {"additionalProperties": False})
+    assert 0 in num_calls and max(num_calls) > 0
+
+
 def test_only_strict_tools_enforce_what_cannot_be_enforced_fully(walker: GrammarWalker) -> None:
     function = {"name": "pick", "parameters": {"type": "object", "properties": {"a": {"uniqueItems": True}}}}
 

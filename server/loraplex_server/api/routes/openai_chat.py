@@ -89,7 +89,7 @@ async def chat_job(state: ApiState, serving: Serving, body: ChatBody, adapter_id
     """What a body asks for, with its prompt and the grammar that its tools need."""
     job = body.job(await chat_prompt(state, serving, body, adapter_id), adapter_id)
     use = body.tool_use()
-    return job if use is None else dataclasses.replace(job, guide=await call_guide(serving, use))
+    return job if use is None else dataclasses.replace(job, guide=await call_guide(serving, use, job.guide))
 
 
 async def chat_prompt(state: ApiState, serving: Serving, body: ChatBody, adapter_id: str | None) -> str:

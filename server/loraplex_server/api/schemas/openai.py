@@ -256,6 +256,8 @@ class ChatBody(_GenerationBody):
     add_special_tokens: bool | None = Field(None, description="add the tokenizer's own start token to the prompt")
     chat_template: str | None = Field(None, description="not accepted: the model's own template is used")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
+    reasoning_effort: str | None = Field(None, description="for chat templates that know it; none also asks templates "
+                                         "for no thinking")  # fmt: skip
     documents: list[dict[str, Any]] | None = Field(None, description="documents for the chat template")
     echo: bool | None = Field(None, description="refused when true; see /v1/completions")
 
@@ -277,8 +279,9 @@ class ChatBody(_GenerationBody):
     def tool_use(self) -> ToolUse | None:
         """What the request wants of its tools; None when none may be called. Raises ToolFailed."""
         use = read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
-        if use is not None and self.guide() is not None:
-            raise ToolFailed("Grammar and tools are mutually exclusive")
+        guide = None if use is None else self.guide()
+        if guide is not None and guide.kind != "json_schema":
+            raise ToolFailed("Grammar and tools are mutually exclusive; a JSON schema goes with tools")
         return use
 
     def conversation(self) -> Conversation:
@@ -298,10 +301,18 @@ class ChatBody(_GenerationBody):
             messages=messages,
             add_generation_prompt=not continues and self.add_generation_prompt is not False,
             continue_final_message=continues,
-            variables=(self.chat_template_kwargs or {}) | ({"documents": self.documents} if self.documents else {}),
+            variables=self._variables(),
             tools=() if use is None else use.tools,
             tool_prompt=self.tool_prompt,
         )
+
+    def _variables(self) -> dict[str, Any]:
+        given: dict[str, Any] = {"documents": self.documents} if self.documents else {}
+        effort = self.reasoning_effort
+        thinking: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+        # As vLLM: most families' templates know thinking as a switch.
+        thinking |= {"enable_thinking": False} if effort == "none" else {}
+        return thinking | (self.chat_template_kwargs or {}) | given
 
     def job(self, prompt: str, adapter_id: str | None) -> GenerationJob:
         """The same without the dialect, for the prompt that the template gave."""

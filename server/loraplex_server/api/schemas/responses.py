@@ -4,9 +4,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
+from loraplex_server.api.schemas.merged_adapters import MergedAdapters
 from loraplex_server.api.schemas.openai import ChatBody
 from loraplex_server.api.schemas.responses_input import InputItem, as_messages
-from loraplex_server.api.schemas.tgi import Float32, UInt32
+from loraplex_server.api.schemas.tgi import Float32, Int32, UInt32
 from loraplex_server.errors import InvalidRequest
 from loraplex_server.text.tool_fields import read_function
 from loraplex_server.text.tools import Tool
@@ -26,6 +27,11 @@ _EMPTY_INCLUDES = (
     "web_search_call.results", "web_search_call.action.sources", "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
 )  # fmt: skip
+_AS_IN_CHAT = (
+    "model", "adapter_id", "lora_path", "adapter_source", "api_token", "merged_adapters", "temperature", "top_p",
+    "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop", "min_tokens",
+    "ignore_eos", "chat_template_kwargs", "stream", "seed", "user", "parallel_tool_calls",
+)  # fmt: skip
 _CHOICES = ("auto", "none", "required")
 # What a function tool may say, and what it would need.
 _TOOL_FIELDS_NOT_SERVED = {
@@ -42,6 +48,12 @@ class TextOptions(_Body):
     """How the text is to look."""
 
     format: dict[str, Any] | None = Field(None, description="text, json_object, or json_schema with name and schema")
+
+
+class Reasoning(_Body):
+    """How much the model is to think."""
+
+    effort: str | None = Field(None, description="for chat templates that know it; none also asks for no thinking")
 
 
 class ResponsesBody(_Body):
@@ -66,6 +78,20 @@ class ResponsesBody(_Body):
     user: str | None = Field(None, description="returned as it is")
     seed: StrictInt | None = Field(None, ge=-(2**63), le=2**64 - 1, description="makes the draw repeatable")
     adapter_id: str | None = Field(None, description="LoRA adapter to answer with, when `model` is the base")
+    lora_path: str | None = Field(None, description="SGLang's name of adapter_id")
+    adapter_source: str | None = Field(None, description="where an unknown adapter comes from: hub, local, s3 or pbase")
+    api_token: str | None = Field(None, description="token for the adapter's source")
+    merged_adapters: MergedAdapters | None = Field(None, description="several adapters to answer with as one")
+    top_k: Int32 | None = Field(None, description="as in chat, and so are the fields up to `chat_template_kwargs`")
+    min_p: Float32 | None = None
+    repetition_penalty: Float32 | None = None
+    presence_penalty: Float32 | None = None
+    frequency_penalty: Float32 | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    min_tokens: UInt32 | None = None
+    ignore_eos: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning: Reasoning | None = None
     previous_response_id: str | None = Field(None, description="refused: answers are not stored")
     conversation: Any = Field(None, description="refused: conversations are not stored")
     background: bool | None = Field(None, description="refused when true")
@@ -94,21 +120,15 @@ class ResponsesBody(_Body):
             raise InvalidRequest("`max_output_tokens` must be >= 1")
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
         return ChatBody.model_validate(
-            {
-                "model": self.model,
-                "adapter_id": self.adapter_id,
+            {name: getattr(self, name) for name in _AS_IN_CHAT}
+            | {
                 "messages": messages + self._messages(),
                 "max_tokens": self.max_output_tokens,
-                "temperature": self.temperature,
-                "top_p": self.top_p,
-                "stream": self.stream,
-                "seed": self.seed,
-                "user": self.user,
                 "add_generation_prompt": True,
                 "response_format": self._response_format(),
                 "tools": [_chat_tool(tool) for tool in self.functions()],
                 "tool_choice": self._chosen_tool(),
-                "parallel_tool_calls": self.parallel_tool_calls,
+                "reasoning_effort": self.reasoning.effort if self.reasoning is not None else None,
                 "logprobs": self.wants_logprobs,
                 "top_logprobs": self.top_logprobs or 0,
             }
