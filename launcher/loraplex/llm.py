@@ -92,7 +92,6 @@ class LLM:
         self._adapters = OfflineAdapters(
             self._engine.model_config,
             max_rank=config.adapters.max_lora_rank,
-            num_ranks=config.num_ranks,
             base_model_name=launch.model_id,
             hub_access=hub_access,
         )

@@ -35,13 +35,11 @@ class OfflineAdapters:
         model: ModelConfig,
         *,
         max_rank: int,
-        num_ranks: int,
         base_model_name: str | None,
         hub_access: dict[str, Any],
     ):
         self._model = model
         self._max_rank = max_rank
-        self._num_ranks = num_ranks
         self._base_model_name = base_model_name
         self._hub_access = hub_access
         self._hub_sources: dict[str, LocalSource] = {}
@@ -60,7 +58,6 @@ class OfflineAdapters:
                 self._model,
                 max_rank=self._max_rank,
                 base_model_name=self._base_model_name,
-                num_ranks=self._num_ranks,
             )
         except ManifestError as error:
             raise AdapterRefused(f"adapter '{request.lora_name}': {error}", error.error_type) from None

@@ -118,7 +118,6 @@ def _resolve_adapters(
                 max_rank=settings.serve.engine.adapters.max_lora_rank,
                 max_bytes=settings.serve.adapter_sources.max_adapter_mb * 2**20,
                 base_model_name=launch.served_model_name or launch.model_id,
-                num_ranks=launch.num_shard or 1,
             )
         except (SourceError, ManifestError) as error:
             refused.append(f"adapter '{item.adapter_id}': {error}")

@@ -68,7 +68,6 @@ class AdapterIntake:
         self._model_path = config.engine.model_path
         self._base_model_name = config.api.model_id
         self._max_rank = config.engine.adapters.max_lora_rank
-        self._num_ranks = config.engine.num_ranks
         self._model: ModelConfig | None = None
         self._lock = threading.Lock()
         self._is_prepared = False
@@ -167,7 +166,6 @@ class AdapterIntake:
                 max_rank=self._max_rank,
                 max_bytes=self._config.max_adapter_mb * MIB,
                 base_model_name=self._base_model_name,
-                num_ranks=self._num_ranks,
             )
             check_finite(folder, lambda: self._keep_going(name, deadline))
         except ManifestError as error:

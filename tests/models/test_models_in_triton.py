@@ -112,7 +112,7 @@ def test_two_ranks_give_the_logits_of_one_by_triton(name: str, tmp_path: Path, m
         assert not (model.can_be_captured and group.size > 1), "gloo's sums cannot be captured"
         slots = make_slots(model, 2, 64)
         for slot, adapter in enumerate(adapters):
-            manifest = check_adapter(adapter, config, max_rank=64, num_ranks=group.size)
+            manifest = check_adapter(adapter, config, max_rank=64)
             weights = load_adapter_weights(adapter, manifest, dtype=torch.float32)
             slots.set(slot, cut_adapter(weights, RankPart(config, group.rank, group.size)))
         return run(model, slots)

@@ -17,7 +17,7 @@ from loraplex_models.layers.expert_lora import UP, ExpertPairs
 def cut_adapter(weights: AdapterWeights, part: RankPart) -> AdapterWeights:
     """Return the rank's part, in memory of its own. The adapter's own ranks are not cut, so any number of them will do.
 
-    `check_adapter` has refused what no rank could do alone. Raises ManifestError for modules that cannot be cut.
+    Raises ManifestError for modules that cannot be cut.
     """
     if part.size == 1:
         return weights
@@ -34,8 +34,8 @@ def _cut_parts(name: str, parts: ModuleParts, part: RankPart) -> ModuleParts:
     if cut is None:
         return parts
     if cut.inputs is not None:
-        # The ranks' outputs are summed: one of them brings the biases, the one that has the base's.
-        return parts if cut.has_bias else ModuleParts()
+        # The ranks' outputs are summed: each is scaled, and one brings the biases, the one that has the base's.
+        return parts if cut.has_bias else ModuleParts(parts.magnitude)
     magnitude, b_bias, bias = (
         None if vector is None else take_part(vector, cut.outputs)
         for vector in (parts.magnitude, parts.b_bias, parts.bias)

@@ -4,6 +4,7 @@ DoRA scales each output so that its row of W + s·BA has the length m that the a
 g = m / ‖W + s·BA‖, and g ⊙ (W x) + bias + g ⊙ s·B(A x) is what the layers get as a gain, a shift, and a B with g in it.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -18,6 +19,8 @@ from loraplex_quant.method import ALL_ROWS
 # How many of the base's weights are worked with at a time. On a GPU 16 MiB of float32: no memory is set aside for them
 # there. On a CPU all: what is packed is unpacked as a whole.
 CHUNK_ELEMENTS = {"cuda": 1 << 22, "cpu": 1 << 40}
+# The name of the head's whole bias among `AdapterWeights.sums`.
+HEAD_BIAS = "lm_head.bias"
 # A copy of the base's matrix may have been rounded to another float type on its way.
 COPY_TOLERANCE = 2**-6
 
@@ -76,16 +79,20 @@ def check_against_base(weights: AdapterWeights, base: BaseModel) -> AdapterWeigh
 
 
 def finish_linear(
-    base: BaseModel, module: str, pair: tuple[Tensor, Tensor] | None, parts: ModuleParts
+    base: BaseModel,
+    module: str,
+    pair: tuple[Tensor, Tensor] | None,
+    parts: ModuleParts,
+    sums: Mapping[str, Tensor],
 ) -> tuple[tuple[Tensor, Tensor] | None, OutputChange]:
     """Return the pair with the gain in B, and the change of the base's output; `pair` is None without a product.
 
-    Raises ValueError where DoRA's gain is too large for the pair's dtype.
+    `sums` are those of the adapter's weights. Raises ValueError where DoRA's gain is too large for the pair's dtype.
     """
     bias = base.base_bias(module)
     shift = None if parts.bias is None or bias is None else parts.bias.to(bias.device) - bias
     if parts.magnitude is not None and pair is not None:
-        gain, pair = _gain(base, module, pair, parts.magnitude)
+        gain, pair = _gain(base, module, pair, parts.magnitude, sums)
         if bias is not None:
             # The base's output has its own bias in it, which is not scaled.
             shift = (0 if shift is None else shift) + (1 - gain) * bias
@@ -95,13 +102,13 @@ def finish_linear(
     return pair, OutputChange(None, shift)
 
 
-def finish_end(base: BaseModel, name: str, end: EndParts) -> EndChange:
+def finish_end(base: BaseModel, name: str, end: EndParts, sums: Mapping[str, Tensor]) -> EndChange:
     """Return what an adapter does to the embedding or the head. Raises ValueError as `finish_linear` does."""
     pair, change = end.pair, None
     if end.parts.magnitude is not None and pair is not None:
-        gain, pair = _gain(base, name, pair, end.parts.magnitude)
-        bias = base.base_bias(name) if name == "lm_head" else None
-        change = OutputChange(gain - 1, None if bias is None else (1 - gain) * bias)
+        gain, pair = _gain(base, name, pair, end.parts.magnitude, sums)
+        bias = sums.get(HEAD_BIAS, base.base_bias(name)) if name == "lm_head" else None
+        change = OutputChange(gain - 1, None if bias is None else (1 - gain) * bias.to(gain.device))
     elif end.parts.b_bias is not None:
         change = OutputChange(None, end.parts.b_bias)
     a, b = (None, None) if pair is None else pair
@@ -110,18 +117,41 @@ def finish_end(base: BaseModel, name: str, end: EndParts) -> EndChange:
     return EndChange(end.weight, end.row_ids, end.rows, a, b, change)
 
 
+def row_squares(base: BaseModel, module: str, pair: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of squares of each row of W + BA, [out] float32, over what this rank has of the row; B has its rows.
+
+    An embedding's rows of weights are the columns of its matrix, and its A is whole.
+    """
+    a, b = pair
+    if module == "embed_tokens":
+        return _column_squares(base, module, pair)
+    parts: list[Tensor] = []
+    for rows in _row_chunks(base, len(b), a.shape[1]):
+        weight = base.base_weight(module, rows)
+        product = b[rows].to(weight.device).float() @ a.to(weight.device).float()
+        parts.append(product.add_(weight).square_().sum(1))
+    return torch.cat(parts)
+
+
+def _column_squares(base: BaseModel, module: str, pair: tuple[Tensor, Tensor]) -> Tensor:
+    a, b = pair
+    first = base.first_token
+    squares = torch.zeros(len(b), device=base.device)
+    for rows in _row_chunks(base, a.shape[1] - first, len(b)):
+        weight = base.base_weight(module, rows)  # none where other ranks have them
+        tokens = slice(first + rows.start, first + rows.start + len(weight))
+        product = a[:, tokens].t().to(weight.device).float() @ b.t().to(weight.device).float()
+        squares += product.add_(weight).square_().sum(0)
+    return squares
+
+
 def _gain(
-    base: BaseModel, module: str, pair: tuple[Tensor, Tensor], magnitude: Tensor
+    base: BaseModel, module: str, pair: tuple[Tensor, Tensor], magnitude: Tensor, sums: Mapping[str, Tensor]
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The gain of each output, and the pair with it in B."""
     a, b = pair
-    parts: list[Tensor] = []
-    for rows in _row_chunks(base, len(b), a.shape[1]):
-        # An embedding's rows of weights are the columns of its matrix.
-        weight = base.base_weight(module).t()[rows] if module == "embed_tokens" else base.base_weight(module, rows)
-        product = b[rows].to(weight.device).float() @ a.to(weight.device).float()
-        parts.append(torch.linalg.vector_norm(product.add_(weight), dim=1))
-    lengths = torch.cat(parts)
+    squares = sums.get(module)
+    lengths = (row_squares(base, module, pair) if squares is None else squares).sqrt()
     # A row of zeros, such as a vocabulary is filled up with, gives nothing whatever its gain is.
     gain = torch.where(lengths > 0, magnitude.to(lengths.device) / lengths, 0)
     scaled = (b.float() * gain.to(b.device).unsqueeze(1)).to(b.dtype)

@@ -20,7 +20,6 @@ from loraplex_models.adapters.refusal import ManifestError as ManifestError
 from loraplex_models.adapters.tensor_header import TensorEntry, read_tensor_header
 from loraplex_models.adapters.tensor_names import EXPERTS, sort_names
 from loraplex_models.config import ROUTER, ModelConfig
-from loraplex_models.cuts import is_cut_by_inputs
 from loraplex_models.names import served_names
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -169,19 +168,6 @@ def _unused_files(names: list[str]) -> list[str]:
     return [f"{', '.join(unused)} are not used: prompts are read with the base model's tokenizer and chat template"]
 
 
-def _check_cut(fit: Fit, num_ranks: int) -> None:
-    """Refuse lengths of rows that no rank has whole."""
-    products = {name: end.product for name, end in fit.ends.items()}
-    products |= {name: entry for name, entry in fit.modules.items() if is_cut_by_inputs(name)}
-    for name, entry in products.items():
-        if entry is not None and entry.magnitude_name is not None:
-            raise ManifestError(
-                f"DoRA of {shown(name)} is not served on {num_ranks} ranks, none of which has its rows whole: serve it "
-                "with --num-shard 1",
-                "adapter_unsupported",
-            )
-
-
 def _check_size(manifest_bytes: int, rank: int, max_rank: int, max_bytes: int | None) -> None:
     if rank > max_rank:
         raise ManifestError(
@@ -206,10 +192,8 @@ def check_adapter(
     max_bytes: int | None = None,
     base_model_name: str | None = None,
     digest: str | None = None,
-    num_ranks: int = 1,
 ) -> AdapterManifest:
-    """Check the adapter in a folder against the base model, which that many ranks share, without reading a tensor's
-    values.
+    """Check the adapter in a folder against the base model, without reading a tensor's values.
 
     With `digest` (known from an earlier check) only config and header are read, and the weights' bytes are not
     hashed: `load_adapter_weights` compares them with it. Raises ManifestError.
@@ -235,8 +219,6 @@ def check_adapter(
         kinds = [*module_shapes(config), *([EXPERTS] if has_experts else [])]
         found = sort_names(tensors, kinds, served_names(config.architecture))
         fit.take(found)
-        if num_ranks > 1:
-            _check_cut(fit, num_ranks)
         num_bytes = fit.num_bytes()
         _check_size(num_bytes, fit.rank, max_rank, max_bytes)
         hasher = start_digest(config_bytes, header.raw)

@@ -88,12 +88,13 @@ class AdapterSlots:
         pairs = dict(weights.modules)
         changes: list[tuple[int, int, OutputChange]] = []
         for module, parts in weights.parts.items():
-            pair, change = finish_linear(self._model, module, pairs.get(module), parts)
+            pair, change = finish_linear(self._model, module, pairs.get(module), parts, weights.sums)
             if pair is not None:
                 pairs[module] = pair
             changes.append((*self._places[module], change.to(self._device, self._dtype)))
         ends = {
-            name: finish_end(self._model, name, end).to(self._device, self._dtype) for name, end in weights.ends.items()
+            name: finish_end(self._model, name, end, weights.sums).to(self._device, self._dtype)
+            for name, end in weights.ends.items()
         }
         return pairs, PreparedAdapter((), tuple(changes), ends.get("embed_tokens"), ends.get("lm_head"))
 

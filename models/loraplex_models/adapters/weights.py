@@ -1,5 +1,6 @@
 """`AdapterWeights`: an adapter's tensors in memory, under the served names and with the scaling in B."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,6 +80,9 @@ class AdapterWeights:
     parts: dict[str, ModuleParts] = field(default_factory=dict)  # by module
     ends: dict[str, EndParts] = field(default_factory=dict)  # by embed_tokens or lm_head
     experts: ExpertPairs = field(default_factory=dict)
+    # What the ranks of one model have added up of their parts of the base, float32: of modules and ends whose rows no
+    # rank has whole, or not all, the squares of W + BA by row; also the bias of the head (`finish.HEAD_BIAS`).
+    sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -86,7 +90,8 @@ class AdapterWeights:
         pairs = sum(tensor.nbytes for pair in self.modules.values() for tensor in pair)
         pairs += sum(tensor.nbytes for pair in self.experts.values() for tensor in pair)
         parts = sum(tensor.nbytes for part in self.parts.values() for tensor in part.tensors)
-        return pairs + parts + sum(tensor.nbytes for end in self.ends.values() for tensor in end.tensors)
+        sums = sum(tensor.nbytes for tensor in self.sums.values())
+        return pairs + parts + sums + sum(tensor.nbytes for end in self.ends.values() for tensor in end.tensors)
 
     @property
     def device_bytes(self) -> int | None:

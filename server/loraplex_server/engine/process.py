@@ -15,6 +15,7 @@ from loraplex_models.adapters.manifest import ManifestError, check_adapter, modu
 from loraplex_models.adapters.merge import merge_adapters
 from loraplex_models.adapters.merge_recipe import MergeRecipe
 from loraplex_models.adapters.pages import num_device_bytes
+from loraplex_models.adapters.row_sums import UnfinishedWeights, take_shares
 from loraplex_models.adapters.weights import AdapterWeights, load_adapter_weights
 from loraplex_models.checkpoint import CheckpointError
 from loraplex_models.config import ModelConfig, ModelConfigError, read_config
@@ -90,16 +91,16 @@ def build_worker(
     part = RankPart(whole, group.rank, group.size)
 
     def read_whole(path: str) -> AdapterWeights:
-        manifest = check_adapter(path, whole, max_rank=config.adapters.max_lora_rank, num_ranks=group.size)
+        manifest = check_adapter(path, whole, max_rank=config.adapters.max_lora_rank)
         return load_adapter_weights(path, manifest, dtype=dtype)
 
-    def read_adapter(source: str | MergeRecipe) -> AdapterWeights:
+    def read_adapter(source: str | MergeRecipe) -> AdapterWeights | UnfinishedWeights:
         if isinstance(source, MergeRecipe):
             weights = merge_adapters([read_whole(part.path) for part in source.parts], source)
         else:
             weights = read_whole(source)
         weights = cut_adapter(weights, part)
-        return check_against_base(weights, model)
+        return take_shares(check_against_base(weights, model), model, part)
 
     sampler = sampler_kind(model.device)(
         config.max_batch_size,

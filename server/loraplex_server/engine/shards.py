@@ -16,8 +16,8 @@ from loraplex_server.engine.worker import LaunchedStep, StepResult, Worker
 
 # An idle rank 0 makes sure that often that the others are there.
 HEARING_INTERVAL_S = 1.0
-# What a rank says of a load that it is asked about.
-UNDER_WAY, LOADED, FAILED = range(3)
+# What a rank says of a load that it is asked about; one that is unfinished waits for an exchange.
+UNDER_WAY, LOADED, FAILED, UNFINISHED = range(4)
 LoadKey = tuple[str, Literal["host", "device"]]  # digest and tier
 
 
@@ -107,7 +107,10 @@ class _GroupLoads:
         return list(self._ended)
 
     def agree(self, keys: list[LoadKey]) -> list[FinishedLoad]:
-        """Tell the other ranks and hear them: loads that have ended on all of them. One that failed is undone here."""
+        """Tell the other ranks and hear them: loads that have ended on all of them. One that failed is undone here.
+
+        What is unfinished on all is exchanged, and goes on.
+        """
         own = [number for key in keys for number in self._answer(key)]
         answers = [numbers[1:] for numbers in self._group.gather_numbers([self._group.rank, *own])]
         agreed: list[FinishedLoad] = []
@@ -117,9 +120,12 @@ class _GroupLoads:
                 continue
             load = self._ended.pop(key)
             failed = [rank for rank, (state, *_) in enumerate(of_ranks) if state == FAILED]
+            if load.unfinished is not None and not failed:
+                self._cache.go_on(load.unfinished.finished(self._group), load.seconds)
+                continue
             if failed and load.error is None:
                 self._cache.forget(*key)
-                load = replace(load, num_bytes=0, error=f"rank {failed[0]} could not load it")
+                load = replace(load, num_bytes=0, error=f"rank {failed[0]} could not load it", unfinished=None)
             if not failed:
                 # In host memory what all its parts take together; on each device as much as the largest.
                 num_bytes = sum(num_bytes for _, num_bytes, _ in of_ranks)
@@ -133,4 +139,6 @@ class _GroupLoads:
         load = self._ended.get(key)
         if load is None:
             return UNDER_WAY, 0, 0
+        if load.unfinished is not None:
+            return UNFINISHED, 0, 0
         return (FAILED, 0, 0) if load.error else (LOADED, load.num_bytes, load.device_bytes or 0)

@@ -9,6 +9,7 @@ import torch
 
 from loraplex_models.adapters.merge_recipe import MergeRecipe
 from loraplex_models.adapters.paged_slots import DEFAULT_ROOM, AdapterRoom, make_slots
+from loraplex_models.adapters.row_sums import UnfinishedWeights
 from loraplex_models.adapters.weights import AdapterWeights
 from loraplex_models.decoder import CausalLM
 from loraplex_models.parallel import ParallelGroup
@@ -62,7 +63,7 @@ class Worker:
         max_total_tokens: int,
         num_slots: int,
         max_lora_rank: int,
-        read_adapter: Callable[[str | MergeRecipe], AdapterWeights],
+        read_adapter: Callable[[str | MergeRecipe], AdapterWeights | UnfinishedWeights],
         sampler: TokenSampler,
         group: ParallelGroup | None = None,
         shares_tokens: bool = False,
@@ -73,7 +74,8 @@ class Worker:
         self._shares_tokens = shares_tokens
         self._slots = make_slots(model, num_slots, max_lora_rank, adapter_room)
         self.host_cache = HostCache(
-            lambda path: self._slots.arrange(read_adapter(path)),
+            read_adapter,
+            self._slots.arrange,
             self._slots.prepare,
             self._slots.drop,
             # A thread begins on the first GPU, whatever the rank's is.

@@ -108,6 +108,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         f"r{rank}": make_peft_adapter(folder / f"r{rank}", raw, rank=rank, target_modules=linears, seed=rank)
         for rank in RANKS
     }
+    if request.param in ("Llama", "GPTQ"):
+        adapters["dora"] = make_peft_adapter(folder / "dora", raw, rank=5, target_modules=linears, use_dora=True)
     if request.param == "Mixtral":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peft about its support of stacked parameters
@@ -124,9 +126,14 @@ def test_ranks_together_give_the_tokens_of_one(world: tuple[Path, dict[str, Path
         assert token_ids(together) == alone
 
 
-def test_an_adapter_that_one_rank_cannot_read_costs_its_own_requests_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_that_one_rank_cannot_read_costs_its_own_requests_only(use_dora: bool, tmp_path: Path) -> None:
+    """With DoRA the other rank waits for its share."""
     raw = make_tiny(FAMILIES["Llama"], tmp_path / "model")
-    adapters = {name: make_peft_adapter(tmp_path / name, raw, rank=4, seed=seed) for seed, name in enumerate("ab")}
+    adapters = {
+        name: make_peft_adapter(tmp_path / name, raw, rank=4, seed=seed, use_dora=use_dora)
+        for seed, name in enumerate("ab")
+    }
 
     def play(bench: EngineBench) -> None:
         for name in (None, "a", "b", "a"):

@@ -8,6 +8,7 @@ from unittest.mock import ANY
 import pytest
 
 from loraplex_models.adapters.manifest import ManifestError
+from loraplex_models.adapters.row_sums import UnfinishedWeights
 from loraplex_server.engine.adapters.host_cache import FinishedLoad, HostCache
 
 
@@ -33,12 +34,17 @@ def cache_of(dropped: list[Any]) -> Iterator[Callable[[Callable[[str], Any]], Ho
     caches: list[HostCache] = []
 
     def make(read: Callable[[str], Any]) -> HostCache:
-        caches.append(HostCache(read, prepare, dropped.append))
+        caches.append(HostCache(read, arrange, prepare, dropped.append))
         return caches[-1]
 
     yield make
     for cache in caches:
         cache.close()
+
+
+def arrange(weights: Any) -> Any:
+    weights.is_arranged = True
+    return weights
 
 
 def prepare(weights: Any) -> Any:
@@ -77,6 +83,26 @@ def test_weights_are_there_once_they_were_reported(cache_of: Callable[..., HostC
     assert dropped == [held]
     with pytest.raises(KeyError):
         cache.get("A")
+
+
+def test_weights_that_wait_for_other_ranks_are_arranged_when_these_have_given_theirs(
+    cache_of: Callable[..., HostCache], dropped: list[Any]
+) -> None:
+    cache = cache_of(lambda path: UnfinishedWeights(weights(path), {}))
+    cache.load("A", "A")
+    (load,) = finished(cache)
+    assert load.error is None and load.unfinished is not None and load.num_bytes == 0
+    with pytest.raises(KeyError):
+        cache.get("A")
+    ready = load.unfinished.weights
+    assert not hasattr(ready, "is_arranged")
+    cache.go_on(ready, 60.0)
+    (load,) = finished(cache)
+    assert (load.num_bytes, load.unfinished, load.error) == (5, None, None) and load.seconds > 60
+    assert cache.get("A") is ready and ready.is_arranged
+    cache.load("B", "C")
+    (load,) = finished(cache)
+    assert load.unfinished is None and "have changed" in str(load.error) and not dropped
 
 
 def test_asking_never_waits_for_a_slow_reader_and_a_fast_one_passes_it(cache_of: Callable[..., HostCache]) -> None:

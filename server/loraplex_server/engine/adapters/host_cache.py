@@ -9,6 +9,7 @@ from typing import Generic, Literal, TypeVar
 
 from loraplex_models.adapters.manifest import ManifestError
 from loraplex_models.adapters.merge_recipe import MergeRecipe
+from loraplex_models.adapters.row_sums import UnfinishedWeights
 from loraplex_models.adapters.slots import PreparedAdapter
 from loraplex_models.adapters.weights import AdapterWeights
 
@@ -20,7 +21,10 @@ _Loaded = TypeVar("_Loaded")
 
 @dataclass(frozen=True, slots=True)
 class FinishedLoad:
-    """A load into the host or the device tier that has ended: the weights' size in host memory, or why it failed."""
+    """A load into the host or the device tier that has ended: the weights' size in host memory, or why it failed.
+
+    One that is `unfinished` has ended on this rank only, and goes on when the ranks have exchanged what it needs.
+    """
 
     digest: str
     tier: Literal["host", "device"]
@@ -28,6 +32,7 @@ class FinishedLoad:
     error: str | None
     seconds: float = 0.0  # from when a thread took it up
     device_bytes: int | None = None  # what weights in host memory will take on the device, where only they tell
+    unfinished: UnfinishedWeights | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +47,26 @@ class _Timed(Generic[_Loaded]):
 class HostCache:
     """Weights in host memory by digest, and those that threads have brought to the device but no slot has yet.
 
-    `read` turns a folder, or a recipe, into weights and must give the digest asked for; `prepare` has them brought to
-    the device; `drop` gives back the memory of either, if nobody has taken it. All threads call `begin_thread` first.
+    `read` turns a folder, or a recipe, into weights and must give the digest asked for; `arrange` lays them out in host
+    memory; `prepare` has them brought to the device; `drop` gives back the memory of what these two gave, if nobody has
+    taken it. All threads call `begin_thread` first.
     """
 
     def __init__(
         self,
-        read: Callable[[str | MergeRecipe], AdapterWeights],
+        read: Callable[[str | MergeRecipe], AdapterWeights | UnfinishedWeights],
+        arrange: Callable[[AdapterWeights], AdapterWeights],
         prepare: Callable[[AdapterWeights], PreparedAdapter],
         drop: Callable[[AdapterWeights | PreparedAdapter], None],
         begin_thread: Callable[[], None] = lambda: None,
     ):
         self._read = read
+        self._arrange = arrange
         self._prepare = prepare
         self._drop = drop
         self._weights: dict[str, AdapterWeights] = {}
         self._prepared: dict[str, PreparedAdapter] = {}
-        self._reading: dict[str, Future[_Timed[AdapterWeights]]] = {}
+        self._reading: dict[str, Future[_Timed[AdapterWeights | UnfinishedWeights]]] = {}
         self._preparing: dict[str, Future[_Timed[PreparedAdapter]]] = {}
         self._arriving: dict[str, _Timed[PreparedAdapter]] = {}
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="adapter-reader", initializer=begin_thread)
@@ -67,7 +75,11 @@ class HostCache:
 
     def load(self, digest: str, source: str | MergeRecipe) -> None:
         """Start reading or merging in the background."""
-        self._reading[digest] = self._readers.submit(_timed, partial(self._read, source))
+        self._reading[digest] = self._readers.submit(_timed, partial(self._read_and_arrange, source))
+
+    def go_on(self, weights: AdapterWeights, seconds: float) -> None:
+        """Finish a load that was reported as unfinished, after that time, in the background."""
+        self._reading[weights.digest] = self._readers.submit(_timed, partial(self._arrange, weights), seconds)
 
     def prepare(self, digest: str) -> None:
         """Start to bring weights that were reported as loaded to the device, in the background."""
@@ -111,7 +123,11 @@ class HostCache:
         self._readers.shutdown(cancel_futures=True)
         self._preparer.shutdown(cancel_futures=True)
 
-    def _finish_read(self, digest: str, future: Future[_Timed[AdapterWeights]]) -> FinishedLoad:
+    def _read_and_arrange(self, source: str | MergeRecipe) -> AdapterWeights | UnfinishedWeights:
+        weights = self._read(source)
+        return weights if isinstance(weights, UnfinishedWeights) else self._arrange(weights)
+
+    def _finish_read(self, digest: str, future: Future[_Timed[AdapterWeights | UnfinishedWeights]]) -> FinishedLoad:
         try:
             timed = future.result()
         except (ManifestError, ValueError) as error:
@@ -120,13 +136,15 @@ class HostCache:
             return FinishedLoad(digest, "host", 0, f"it cannot be laid out in host memory: {error}")
         except (OSError, MemoryError) as error:
             return FinishedLoad(digest, "host", 0, f"its files cannot be read: {error.__class__.__name__}")
-        weights = timed.made
+        weights, seconds = timed.made, timed.ended - timed.began
         if weights.digest != digest:
-            self._drop(weights)
+            if not isinstance(weights, UnfinishedWeights):
+                self._drop(weights)
             reason = "its files have changed since they were checked; load it again under its name"
             return FinishedLoad(digest, "host", 0, reason)
+        if isinstance(weights, UnfinishedWeights):
+            return FinishedLoad(digest, "host", 0, None, seconds, unfinished=weights)
         self._weights[digest] = weights
-        seconds = timed.ended - timed.began
         return FinishedLoad(digest, "host", weights.num_bytes, None, seconds, weights.device_bytes)
 
     def _note_prepared(self, digest: str, future: Future[_Timed[PreparedAdapter]]) -> FinishedLoad | None:
@@ -144,6 +162,6 @@ class HostCache:
         return FinishedLoad(digest, "device", self._weights[digest].num_bytes, None, seconds)
 
 
-def _timed(work: Callable[[], _Loaded]) -> _Timed[_Loaded]:
-    began = time.perf_counter()
+def _timed(work: Callable[[], _Loaded], seconds_before: float = 0.0) -> _Timed[_Loaded]:
+    began = time.perf_counter() - seconds_before
     return _Timed(work(), began, time.perf_counter())
