@@ -17,7 +17,7 @@ from tiny_models import load_peft, make_peft_adapter, make_tiny_llama, peft_warn
 from transformers import PreTrainedModel
 
 from loraplex_models.adapters import finish
-from loraplex_models.adapters.finish import check_against_base, finish_linear
+from loraplex_models.adapters.finish import check_against_base, finish_linear, row_squares
 from loraplex_models.adapters.manifest import ManifestError, check_adapter
 from loraplex_models.adapters.slots import AdapterSlots
 from loraplex_models.adapters.weights import ModuleParts, load_adapter_weights
@@ -277,23 +277,25 @@ def test_doras_gain_is_the_same_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyP
     draw = torch.Generator().manual_seed(1)
     weight, a, b = (torch.randn(*shape, generator=draw) for shape in ((37, 10), (3, 10), (37, 3)))
     parts = ModuleParts(magnitude=torch.rand(37, generator=draw) + 0.5)
-    whole_pair, whole = finish_linear(OneLinear(weight), "any", (a, b), parts)
+    whole_pair, whole = finish_linear(OneLinear(weight), "any", (a, b), parts, {})
     monkeypatch.setitem(finish.CHUNK_ELEMENTS, "cpu", 85)
-    pair, change = finish_linear(OneLinear(weight), "any", (a, b), parts)
+    pair, change = finish_linear(OneLinear(weight), "any", (a, b), parts, {})
     assert pair is not None and whole_pair is not None
     assert change.gain_minus_one is not None and whole.gain_minus_one is not None
     torch.testing.assert_close(change.gain_minus_one, whole.gain_minus_one)
     torch.testing.assert_close(pair[1], whole_pair[1])
+    of_columns = row_squares(OneLinear(weight), "embed_tokens", (b.t(), a.t()))
+    torch.testing.assert_close(of_columns, (weight.t() + a.t() @ b.t()).square().sum(1))
 
 
 def test_dora_of_a_row_of_zeros_gives_nothing_and_of_a_huge_length_is_refused() -> None:
     weight = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     pair = torch.zeros(1, 2), torch.zeros(2, 1)
-    _, change = finish_linear(OneLinear(weight), "any", pair, ModuleParts(magnitude=torch.tensor([10.0, 1.0])))
+    _, change = finish_linear(OneLinear(weight), "any", pair, ModuleParts(magnitude=torch.tensor([10.0, 1.0])), {})
     assert change.gain_minus_one is not None and change.gain_minus_one.tolist() == [1.0, -1.0]
     half = torch.ones(1, 2).half(), torch.ones(2, 1).half()
     with pytest.raises(ValueError, match=r"do not fit into torch\.float16"):
-        finish_linear(OneLinear(weight), "any", half, ModuleParts(magnitude=torch.tensor([1e6, 1.0])))
+        finish_linear(OneLinear(weight), "any", half, ModuleParts(magnitude=torch.tensor([1e6, 1.0])), {})
 
 
 def test_a_trained_bias_of_a_linear_without_one_is_refused(tmp_path: Path) -> None:
