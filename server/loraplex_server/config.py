@@ -26,6 +26,7 @@ DEVICES = ("auto", "cpu", "cuda")
 # A chunk of a prompt delays the tokens of the rows beside it: by half a second or so on a few cores with a small model,
 # on a GPU by some 20 microseconds a token of an 8B model, which from about a thousand tokens on computes no faster.
 CPU_PREFILL_TOKENS, GPU_PREFILL_TOKENS = 512, 2048
+REASONING_PARSERS = ("none", "think", "qwen3", "deepseek_r1")
 TOOL_CALL_PARSERS = ("auto", "hermes", "json", "llama3_json", "mistral")
 
 
@@ -164,6 +165,12 @@ class ApiConfig:
     disable_grammar_support: bool = setting(False, "refuse grammars")
     tool_call_parser: str = setting(
         "auto", "how the model writes calls of tools; auto asks its chat template", choices=TOOL_CALL_PARSERS
+    )
+    reasoning_parser: str = setting(
+        "none",
+        "how the model writes what it thinks, which chats then show apart: think (or qwen3) for `<think>…</think>`, "
+        "deepseek_r1 also where nothing opens it",
+        choices=REASONING_PARSERS,
     )
     graceful_termination_timeout: int = setting(90, "seconds to let running requests finish on SIGTERM", minimum=0)
     json_output: bool = setting(False, "log as one JSON object a line")

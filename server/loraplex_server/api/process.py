@@ -213,6 +213,7 @@ class _ApiProcess:
                 limits,
                 chat_template,
                 api.tool_call_parser,
+                reasoning_parser=api.reasoning_parser,
                 adapters_bring_templates=api.adapter_chat_templates,
             )
         )

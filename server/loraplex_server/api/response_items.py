@@ -1,4 +1,4 @@
-"""The items of a Responses answer, made from the pieces of one choice: messages and calls, and the events of each."""
+"""The items of a Responses answer, made of the pieces of one choice: messages, calls, thoughts, and their events."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -7,7 +7,14 @@ from typing import Any, Literal
 from msgspec import UNSET
 
 from loraplex_server.api.schemas.openai_answers import ChatLogprob, ToolCallDelta
-from loraplex_server.api.schemas.responses_answers import OutputCall, OutputItem, OutputMessage, OutputText
+from loraplex_server.api.schemas.responses_answers import (
+    OutputCall,
+    OutputItem,
+    OutputMessage,
+    OutputReasoning,
+    OutputText,
+    ReasoningText,
+)
 from loraplex_server.api.tools import Piece
 
 # Takes an event: its kind behind «response.», and its fields.
@@ -20,13 +27,15 @@ class ResponseItems:
 
     def __init__(self, tell: Tell):
         self._tell = tell
-        self._open: _Message | _Call | None = None
+        self._open: _Message | _Call | _Reasoning | None = None
         self._logprobs: list[ChatLogprob] = []  # of tokens that have not shown yet whether they are text
         self.ended: list[OutputItem] = []
 
     def add(self, piece: Piece, logprobs: Sequence[ChatLogprob]) -> None:
         """Take what one token adds."""
         self._logprobs += logprobs
+        if piece.thought:
+            self._add_thought(piece.thought)
         calls = list(piece.calls)
         # What goes on with an open call stands before the text, what begins a call behind it.
         while calls and calls[0].id is UNSET:
@@ -44,12 +53,19 @@ class ResponseItems:
 
     def _add_text(self, text: str) -> None:
         if not isinstance(self._open, _Message):
-            if isinstance(self._open, _Call):
+            if self._open is not None:
                 self._logprobs = _of_text(text, self._logprobs)
             self._close("completed")
             self._open = _Message(len(self.ended), self._tell)
         self._open.add(text, self._logprobs)
         self._logprobs = []
+
+    def _add_thought(self, text: str) -> None:
+        self._logprobs = []
+        if not isinstance(self._open, _Reasoning):
+            self._close("completed")
+            self._open = _Reasoning(len(self.ended), self._tell)
+        self._open.add(text)
 
     def _add_call(self, delta: ToolCallDelta) -> None:
         self._logprobs = []  # events have them for text alone
@@ -95,6 +111,33 @@ class _Message:
         return item
 
 
+class _Reasoning:
+    """Thoughts that grow."""
+
+    def __init__(self, index: int, tell: Tell):
+        self._id = f"rs_{secrets.token_hex(16)}"
+        self._item_place = {"output_index": index}
+        self._place = {"item_id": self._id, "output_index": index, "content_index": 0}
+        self._tell = tell
+        self._pieces: list[str] = []
+        tell("output_item.added", item=OutputReasoning(self._id, "in_progress", []), **self._item_place)
+        tell("content_part.added", part=ReasoningText(""), **self._place)
+
+    def add(self, text: str) -> None:
+        """Take a piece of the thoughts."""
+        self._tell("reasoning_text.delta", delta=text, **self._place)
+        self._pieces.append(text)
+
+    def close(self, status: EndStatus) -> OutputReasoning:
+        """The whole item."""
+        text = ReasoningText("".join(self._pieces))
+        item = OutputReasoning(self._id, status, [text])
+        self._tell("reasoning_text.done", text=text.text, **self._place)
+        self._tell("content_part.done", part=text, **self._place)
+        self._tell("output_item.done", item=item, **self._item_place)
+        return item
+
+
 class _Call:
     """A call whose arguments grow."""
 
@@ -122,7 +165,7 @@ class _Call:
 
 
 def _of_text(text: str, logprobs: list[ChatLogprob]) -> list[ChatLogprob]:
-    """The last tokens, so many as the text has; those before them were the end of a call."""
+    """The last tokens, so many as the text has; those before them ended what stood before."""
     missing = len(text.encode())
     first = len(logprobs)
     while first > 0 and missing > 0:

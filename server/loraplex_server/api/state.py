@@ -20,7 +20,7 @@ HOLD_BACK_S = 1.0
 class Serving:
     """All that a ready server has."""
 
-    __slots__ = ("adapter_templates", "chat_template", "generator", "limits", "tool_format")
+    __slots__ = ("adapter_templates", "chat_template", "generator", "limits", "reasoning_parser", "tool_format")
 
     def __init__(
         self,
@@ -29,12 +29,14 @@ class Serving:
         chat_template: ChatTemplate | None = None,
         tool_call_parser: str = "auto",
         *,
+        reasoning_parser: str = "none",
         adapters_bring_templates: bool = False,
     ):
         self.generator = generator
         self.limits = limits
         self.chat_template = chat_template  # None: the model has none that can be used
         self.adapter_templates = AdapterTemplates(chat_template) if adapters_bring_templates else None
+        self.reasoning_parser = reasoning_parser
         self.tool_format = find_format(tool_call_parser, chat_template.source if chat_template else "")
 
 

@@ -1,4 +1,4 @@
-"""Tools in chat: the grammar of an answer that must call one, and answers taken apart into text and calls."""
+"""The grammar of a chat that must call a tool, and answers taken apart into thoughts, text and calls."""
 
 import dataclasses
 import secrets
@@ -13,6 +13,7 @@ from loraplex_server.api.schemas.openai_answers import CalledFunction, ChatReaso
 from loraplex_server.api.state import Serving
 from loraplex_server.errors import InvalidRequest, ToolFailed
 from loraplex_server.text.guides import Guide
+from loraplex_server.text.reasoning_reader import ReasoningReader
 from loraplex_server.text.tool_formats import ToolFormat, tools_guide
 from loraplex_server.text.tool_reader import ToolReader
 from loraplex_server.text.tools import CallDelta, ToolUse
@@ -52,13 +53,17 @@ class Piece:
 
     text: str
     calls: list[ToolCallDelta]
+    thought: str = ""
 
 
 class MessageReader:
-    """What one choice shows: its text, and its calls if it may make any."""
+    """What one choice shows: its text, its thoughts where they are told apart, and its calls if it may make any."""
 
-    def __init__(self, text: ChoiceText, use: ToolUse | None, tool_format: ToolFormat):
+    def __init__(
+        self, text: ChoiceText, use: ToolUse | None, tool_format: ToolFormat, thoughts: ReasoningReader | None = None
+    ):
         self._text = text
+        self._thoughts = thoughts
         self._use = use
         self._format = tool_format
         self._reader = None if use is None else ToolReader(tool_format, use.callable_names, is_parallel=use.is_parallel)
@@ -66,20 +71,33 @@ class MessageReader:
     def feed(self, delta: TextDelta) -> tuple[list[Piece], ChatReason | None]:
         """A piece for each token of the delta, and why the choice ended if it did."""
         texts, reason = self._text.feed(delta)
-        reader = self._reader
-        if reader is None:
-            return [Piece(text, []) for text in texts], reason
-        pieces: list[Piece] = []
-        for place, text in enumerate(texts):
-            said, calls = reader.feed(text)
-            if reason is not None and place == len(texts) - 1:
-                rest, late = reader.end()
-                said, calls = said + rest, calls + late
-            pieces.append(Piece(said, [self._delta(call) for call in calls]))
+        last = len(texts) - 1 if reason is not None else None
+        pieces = [self._piece(text, is_last=place == last) for place, text in enumerate(texts)]
+        has_calls = self._reader is not None and self._reader.num_calls > 0
         # OpenAI says «stop» where the client named the function.
-        if reason == "stop" and reader.num_calls and self._use is not None and self._use.choice != "named":
+        if reason == "stop" and has_calls and self._use is not None and self._use.choice != "named":
             return pieces, "tool_calls"
         return pieces, reason
+
+    @property
+    def num_thought_tokens(self) -> int:
+        """Tokens that the model thought with, so far."""
+        return 0 if self._thoughts is None else self._thoughts.num_thought_pieces
+
+    def _piece(self, text: str, *, is_last: bool) -> Piece:
+        thought = ""
+        if self._thoughts is not None:
+            thought, text = self._thoughts.feed(text)
+            if is_last:
+                late_thought, late_text = self._thoughts.end()
+                thought, text = thought + late_thought, text + late_text
+        if self._reader is None:
+            return Piece(text, [], thought)
+        said, calls = self._reader.feed(text)
+        if is_last:
+            rest, late = self._reader.end()
+            said, calls = said + rest, calls + late
+        return Piece(said, [self._delta(call) for call in calls], thought)
 
     def _delta(self, call: CallDelta) -> ToolCallDelta:
         if call.name is None:

@@ -308,10 +308,13 @@ async def api_server(
         )
         generator = Generator(admission, client, tokenizer, metrics)
         template = _template(chat_template) if chat_template else None
-        own_templates = config.api.adapter_chat_templates
         state.start_serving(
-            Serving(generator, limits, template, config.api.tool_call_parser, adapters_bring_templates=own_templates)
-        )
+            Serving(
+                generator, limits, template, config.api.tool_call_parser,
+                reasoning_parser=config.api.reasoning_parser,
+                adapters_bring_templates=config.api.adapter_chat_templates,
+            )
+        )  # fmt: skip
     app = build_app(state)
     async with (
         _transport(app, live) as (transport, base_url),

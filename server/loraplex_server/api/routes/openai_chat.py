@@ -46,6 +46,7 @@ from loraplex_server.api.sse import event
 from loraplex_server.api.state import ApiState, Serving
 from loraplex_server.api.tools import MessageReader, call_guide, whole_calls
 from loraplex_server.errors import TemplateFailed
+from loraplex_server.text.reasoning_reader import ALWAYS_OPEN, MARKERS, START, ReasoningReader
 
 
 async def chat_completions(request: Request) -> Response:
@@ -66,7 +67,7 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
     envelope = new_envelope(state, "chatcmpl", adapter_id)
     generator = serving.generator
     if body.stream:
-        return await stream_response(request, generator, jobs, _ChatChunks(body, envelope, serving))
+        return await stream_response(request, generator, jobs, _ChatChunks(body, envelope, serving, job))
     finished = await while_connected(request, complete_all(generator, jobs, request.state.request_id))
     counts = summed_usage(finished, body.num_choices)
     note_for_log(request, adapter_id, counts.completion_tokens)
@@ -75,7 +76,7 @@ async def answer_chat(request: Request, body: ChatBody) -> Response:
         created=envelope.created,
         model=envelope.model,
         system_fingerprint=envelope.system_fingerprint,
-        choices=[_choice(body, index, job, serving) for index, job in enumerate(finished)],
+        choices=[_choice(body, index, job, one, serving) for index, one in enumerate(finished)],
         usage=counts,
         prompt_token_ids=finished[0].best.completion.prompt_token_ids if body.return_token_ids else UNSET,
         prompt_logprobs=_prompt_logprobs(body, finished[0]),
@@ -115,11 +116,17 @@ def _choice_text(body: ChatBody, markers: Container[str] = frozenset()) -> Choic
     )
 
 
-def message_reader(body: ChatBody, serving: Serving) -> MessageReader:
-    """What takes one choice apart into text and calls."""
+def message_reader(body: ChatBody, serving: Serving, job: GenerationJob) -> MessageReader:
+    """What takes one choice of the job apart into thoughts, text and calls."""
     use = body.tool_use()
     markers = serving.tool_format.markers if use is not None else frozenset[str]()
-    return MessageReader(_choice_text(body, markers), use, serving.tool_format)
+    thoughts = None
+    # What must be of a form begins with that form.
+    if serving.reasoning_parser != "none" and job.guide is None:
+        markers |= MARKERS
+        opens = serving.reasoning_parser == ALWAYS_OPEN or job.prompt.rstrip().endswith(START)
+        thoughts = ReasoningReader(is_open=opens)
+    return MessageReader(_choice_text(body, markers), use, serving.tool_format, thoughts)
 
 
 def chat_text(body: ChatBody, job: FinishedJob) -> tuple[str, ChoiceReason]:
@@ -139,17 +146,27 @@ def all_of(job: FinishedJob) -> TextDelta:
     return TextDelta(tokens=whole.tokens, top_tokens=whole.top_tokens, completion=whole.completion)
 
 
-def _choice(body: ChatBody, index: int, job: FinishedJob, serving: Serving) -> ChatChoice:
-    pieces, reason = message_reader(body, serving).feed(all_of(job))
+def _choice(body: ChatBody, index: int, asked: GenerationJob, job: FinishedJob, serving: Serving) -> ChatChoice:
+    pieces, reason = message_reader(body, serving, asked).feed(all_of(job))
     assert reason is not None, "a finished job has a reason"
     text = "".join(piece.text for piece in pieces)
+    thought = _shown_thought(body, "".join(piece.thought for piece in pieces))
     calls = whole_calls(pieces)
-    message = AssistantMessage(text or None, tool_calls=calls) if calls else AssistantMessage(text)
+    message = AssistantMessage(
+        (text or None) if calls or thought is not UNSET else text,
+        tool_calls=calls or UNSET,
+        reasoning=thought,
+        reasoning_content=thought,
+    )
     spelling = _spelling(body, serving)
     logprobs = chat_logprobs(job.best.tokens, job.best.top_tokens, spelling) if body.logprobs else None
     token_ids = [token.id for token in job.best.tokens] if body.return_token_ids else UNSET
     stop_reason = shown_if_set(job.best.completion.stop_reason)
     return ChatChoice(index, message, logprobs, reason, stop_reason, token_ids)
+
+
+def _shown_thought(body: ChatBody, thought: str) -> str | UnsetType:
+    return thought if thought and body.include_reasoning is not False else UNSET
 
 
 def _prompt_logprobs(body: ChatBody, job: FinishedJob) -> PromptLogprobs | UnsetType:
@@ -161,8 +178,9 @@ def _prompt_logprobs(body: ChatBody, job: FinishedJob) -> PromptLogprobs | Unset
 class _ChatChunks:
     """The events of a chat's stream: a chunk with the role, one a token that shows something, one with the reason."""
 
-    def __init__(self, body: ChatBody, envelope: Envelope, serving: Serving):
+    def __init__(self, body: ChatBody, envelope: Envelope, serving: Serving, job: GenerationJob):
         self._body = body
+        self._job = job
         self._envelope = envelope
         self._serving = serving
         self._spelling = _spelling(body, serving)
@@ -176,21 +194,26 @@ class _ChatChunks:
         self._counts.add(index, delta)
         reader = self._readers.get(index)
         if reader is None:
-            reader = self._readers[index] = message_reader(self._body, self._serving)
+            reader = self._readers[index] = message_reader(self._body, self._serving, self._job)
             first = ChatChunkChoice(index, ChatDelta(role="assistant", content=""))
             events.append(self._event(first, delta.prompt_token_ids if wants_ids else None))
         pieces, reason = reader.feed(delta)
         wants_logprobs = bool(self._body.logprobs)
         for i, piece in enumerate(pieces):
-            if not (piece.text or piece.calls or wants_logprobs or wants_ids):
+            thought = _shown_thought(self._body, piece.thought)
+            if not (piece.text or piece.calls or thought or wants_logprobs or wants_ids):
                 continue
             logprobs = (
                 chat_logprobs([delta.tokens[i]], delta.top_tokens[i : i + 1], self._spelling)
                 if wants_logprobs
                 else None
             )
+            has_other = bool(piece.calls) or thought is not UNSET
             gained = ChatDelta(
-                content=piece.text if piece.text or not piece.calls else UNSET, tool_calls=piece.calls or UNSET
+                content=piece.text if piece.text or not has_other else UNSET,
+                tool_calls=piece.calls or UNSET,
+                reasoning=thought,
+                reasoning_content=thought,
             )
             token_ids = [delta.tokens[i].id] if wants_ids else UNSET
             events.append(self._event(ChatChunkChoice(index, gained, logprobs, token_ids=token_ids)))

@@ -45,7 +45,7 @@ async def responses(request: Request) -> Response:
     note_for_log(request, adapter_id)
     begun = begun_answer(body, f"resp_{secrets.token_hex(16)}", adapter_id or state.config.api.model_id)
     generator = serving.generator
-    reader = _Reader(message_reader(chat, serving), generator.tokenizer if body.wants_logprobs else None)
+    reader = _Reader(message_reader(chat, serving, job), generator.tokenizer if body.wants_logprobs else None)
     if body.stream:
         return await stream_response(request, generator, [job], _Events(begun, reader))
     (finished,) = await while_connected(request, complete_all(generator, [job], request.state.request_id))
@@ -56,7 +56,7 @@ async def responses(request: Request) -> Response:
     assert reason is not None, "a finished job has a reason"
     items.end(_status(reason))
     return Response(
-        msgspec.json.encode(_ended(begun, items.ended, _status(reason), end)),
+        msgspec.json.encode(_ended(begun, items.ended, _status(reason), end, reader.num_thought_tokens)),
         headers=answer_headers(state, adapter_id),
         media_type="application/json",
     )
@@ -66,13 +66,15 @@ def _status(reason: ChatReason) -> EndStatus:
     return "incomplete" if reason == "length" else "completed"
 
 
-def _ended(begun: ResponsesAnswer, output: Sequence[OutputItem], status: EndStatus, end: Completion) -> ResponsesAnswer:
+def _ended(
+    begun: ResponsesAnswer, output: Sequence[OutputItem], status: EndStatus, end: Completion, num_thought_tokens: int
+) -> ResponsesAnswer:
     return msgspec.structs.replace(
         begun,
         status=status,
         output=[*output],
         incomplete_details=IncompleteDetails() if status == "incomplete" else None,
-        usage=usage_of(end.num_prompt_tokens, end.num_cached_tokens, end.num_generated_tokens),
+        usage=usage_of(end.num_prompt_tokens, end.num_cached_tokens, end.num_generated_tokens, num_thought_tokens),
     )
 
 
@@ -82,6 +84,11 @@ class _Reader:
     def __init__(self, message: MessageReader, spelling: Spelling | None):
         self._message = message
         self._spelling = spelling
+
+    @property
+    def num_thought_tokens(self) -> int:
+        """Tokens that the model thought with, so far."""
+        return self._message.num_thought_tokens
 
     def feed(self, delta: TextDelta, items: ResponseItems) -> ChatReason | None:
         """Add a delta to the items; returns why the answer ended if it did."""
@@ -112,7 +119,9 @@ class _Events:
         reason = self._reader.feed(delta, self._items)
         if delta.completion is not None and reason is not None:
             self._items.end(_status(reason))
-            ended = _ended(self._begun, self._items.ended, _status(reason), delta.completion)
+            ended = _ended(
+                self._begun, self._items.ended, _status(reason), delta.completion, self._reader.num_thought_tokens
+            )
             self._tell(ended.status, response=ended)
         return self._taken()
 

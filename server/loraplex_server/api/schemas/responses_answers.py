@@ -39,7 +39,22 @@ class OutputCall(msgspec.Struct, frozen=True, tag="function_call"):
     status: ItemStatus
 
 
-OutputItem = OutputMessage | OutputCall
+class ReasoningText(msgspec.Struct, frozen=True, tag="reasoning_text"):
+    """What the model thought."""
+
+    text: str
+
+
+class OutputReasoning(msgspec.Struct, frozen=True, tag="reasoning"):
+    """An item of an output: what the model thought before it spoke."""
+
+    id: str
+    status: ItemStatus
+    content: list[ReasoningText]
+    summary: list[str] = []
+
+
+OutputItem = OutputMessage | OutputCall | OutputReasoning
 
 
 class InputDetails(msgspec.Struct, frozen=True):
@@ -52,7 +67,7 @@ class InputDetails(msgspec.Struct, frozen=True):
 class OutputDetails(msgspec.Struct, frozen=True):
     """More about the output."""
 
-    reasoning_tokens: int = 0
+    reasoning_tokens: int
 
 
 class ResponsesUsage(msgspec.Struct, frozen=True):
@@ -142,12 +157,14 @@ def _shown_tool(tool: Tool) -> dict[str, Any]:
     }
 
 
-def usage_of(num_input_tokens: int, num_cached_tokens: int, num_output_tokens: int) -> ResponsesUsage:
+def usage_of(
+    num_input_tokens: int, num_cached_tokens: int, num_output_tokens: int, num_reasoning_tokens: int
+) -> ResponsesUsage:
     """The counts with their sum."""
     return ResponsesUsage(
         num_input_tokens,
         InputDetails(num_cached_tokens),
         num_output_tokens,
-        OutputDetails(),
+        OutputDetails(num_reasoning_tokens),
         num_input_tokens + num_output_tokens,
     )

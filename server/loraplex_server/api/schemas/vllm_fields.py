@@ -38,6 +38,8 @@ class VllmFields(BaseModel):
                                          "so many others at each place; not in streams")  # fmt: skip
     return_token_ids: bool | None = Field(None, description="add the token ids of prompt and answer")
     return_tokens_as_token_ids: bool | None = Field(None, description="log-probabilities name tokens as token_id:ID")
+    include_reasoning: bool | None = Field(None, description="false leaves out what the model thought, where it "
+                                           "is told apart")  # fmt: skip
     truncation_side: str | None = Field(None, description="left, the only one served")
     use_beam_search: bool | None = Field(None, description="refused when true")
     logprob_token_ids: Any = Field(None, description="not supported; see top_logprobs")
