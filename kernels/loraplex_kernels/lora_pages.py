@@ -23,8 +23,8 @@ PAGE_RANKS = 8
 # Rows of a tile: the least that tensor cores multiply, for decoding; more for prompts, which have long runs of rows.
 DECODE_TILE_ROWS = 16
 PREFILL_TILE_ROWS = 64
-# Columns of one program of expand, for decoding and for prompts; a block of columns lies within one part.
-COLUMN_BLOCKS = (256, 128)
+# Columns of a block, which lies within one part.
+BLOCK_COLUMNS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class LinearPages:
     cells: Tensor  # the memory of all pages
     page_table: Tensor  # [slots, parts, most pages] int64: where a page starts in `cells`
     ranks: Tensor  # [slots, parts] int32, 0: the adapter does not touch the part
-    blocks: Mapping[int, Tensor]  # by width: [blocks, 3] int32, a block's part, its first column, its part's end
+    blocks: Tensor  # [blocks, 3] int32: a block's part, its first column, its part's end
     borders: Tensor  # [parts + 1] int32: where each part's columns start in the output, and their end
     in_size: int
     part_sizes: tuple[int, ...]
@@ -77,9 +77,7 @@ class RankPages:
         self._page_table = torch.zeros(num_slots, num_parts, most_pages, dtype=torch.int64, device=device)
         self._ranks = torch.zeros(num_slots, num_parts, dtype=torch.int32, device=device)
         shapes = {part_sizes for _, part_sizes in self._linears}
-        self._blocks = {
-            shape: {width: _column_blocks(shape, width).to(device) for width in COLUMN_BLOCKS} for shape in shapes
-        }
+        self._blocks = {shape: _column_blocks(shape).to(device) for shape in shapes}
         self._borders = {shape: torch.tensor([0, *np.cumsum(shape)], dtype=torch.int32).to(device) for shape in shapes}
 
     def linear(self, index: int) -> LinearPages:
@@ -134,12 +132,12 @@ def write_pages(pages: Tensor, a: Tensor, b: Tensor) -> None:
             cells[whole, : len(last)].copy_(last)
 
 
-def _column_blocks(part_sizes: Sequence[int], width: int) -> Tensor:
+def _column_blocks(part_sizes: Sequence[int]) -> Tensor:
     blocks: list[tuple[int, int, int]] = []
     end = 0
     for part, size in enumerate(part_sizes):
         start, end = end, end + size
-        blocks += [(part, first, end) for first in range(start, end, width)]
+        blocks += [(part, first, end) for first in range(start, end, BLOCK_COLUMNS)]
     return torch.tensor(blocks, dtype=torch.int32)
 
 
@@ -206,8 +204,8 @@ class RowDelta:
 def shrink_rows(x: Tensor, pages: LinearPages, tiles: RowTiles) -> Tensor:
     """Project each row onto the ranks of its adapter: the sum over s of h[s, t, p, :rank] is A[slot of t, p] @ x[t].
 
-    x: [T, in], columns dense. Returns [splits, T, parts, most ranks] float32; cells beyond an adapter's own ranks and
-    rows without an adapter hold no meaning and are read by nobody.
+    x: [T, in], columns dense. Returns [splits, T, parts, most ranks] float32; cells of rows without an adapter, and of
+    ranks beyond the adapter's own, hold no meaning for anyone but `expand_rows`.
     """
     if on_gpu(x):
         from loraplex_kernels.gpu import lora as _gpu  # Triton exists on GPU machines only

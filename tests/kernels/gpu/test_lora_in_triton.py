@@ -10,7 +10,15 @@ from torch import Tensor
 from triton_cases import DEVICE, DTYPES, assert_near, error
 
 from loraplex_kernels.gpu import lora as gpu
-from loraplex_kernels.lora_pages import DECODE_TILE_ROWS, LinearPages, RowDelta, RowTiles, make_tiles, write_pages
+from loraplex_kernels.lora_pages import (
+    DECODE_TILE_ROWS,
+    PREFILL_TILE_ROWS,
+    LinearPages,
+    RowDelta,
+    RowTiles,
+    make_tiles,
+    write_pages,
+)
 from loraplex_kernels.reference import lora_pages as reference
 
 IN_SIZE = 72
@@ -105,6 +113,35 @@ def test_one_linear_and_two_parts_of_odd_sizes_are_served() -> None:
         pages = pages_of(ranks, parts=parts)
         tiles = tiles_of([(0, 2), (1, 1)])
         assert_near(*deltas(torch.randn(3, IN_SIZE, device=DEVICE), pages, tiles))
+
+
+@pytest.mark.parametrize("programs", [1, 3, 40])
+def test_however_many_programs_share_the_tiles_the_result_is_the_same(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs then take several tiles each, and some none; where they are many, they share the ranks of a tile."""
+    pages, tiles = pages_of(MIXED), tiles_of([(0, 2), (-1, 1), (4, 3), (6, 1), (5, 1), (2, 17)])
+    x = torch.randn(25, IN_SIZE, device=DEVICE)
+    before, _ = deltas(x, pages, tiles)
+    monkeypatch.setattr(gpu, "PROGRAMS", programs)
+    ours, truth = deltas(x, pages, tiles)
+    assert_near(ours, truth)
+    assert torch.equal(ours, before)
+
+
+def test_what_shrink_has_not_written_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def filled(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+    pages, x = pages_of(MIXED), torch.randn(20, IN_SIZE, device=DEVICE)
+    for tile_rows in (DECODE_TILE_ROWS, PREFILL_TILE_ROWS):
+        tiles = tiles_of([(-1, 1), (1, 2), (4, 16), (0, 1)], tile_rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", filled)
+            h = gpu.shrink_rows(x, pages, tiles)
+        ours = torch.zeros(20, sum(PARTS), device=DEVICE)
+        gpu.expand_rows(h, pages, tiles, ours)
+        assert not ours.isnan().any()
 
 
 def test_the_device_side_count_bounds_the_work() -> None:
