@@ -5,7 +5,7 @@ from torch import Tensor
 
 from loraplex_kernels.cpu import attention as _cpu
 from loraplex_kernels.cpu import decode as _cpu_decode
-from loraplex_kernels.dispatch import on_gpu
+from loraplex_kernels.dispatch import has_gpu_forms, on_gpu
 from loraplex_kernels.reference import attention as _reference
 
 
@@ -45,6 +45,15 @@ def is_decode_fast(num_keys: int, dtype: torch.dtype, device: torch.device) -> b
     return device.type == "cpu" and _cpu_decode.is_fast(num_keys, dtype)
 
 
+def split_counters(device: torch.device) -> Tensor | None:
+    """What `decode_attention` counts with on a GPU, for one cache: zeros, and zeros again after each call."""
+    if not has_gpu_forms(device):
+        return None
+    from loraplex_kernels.gpu import attention as _gpu  # Triton exists on GPU machines only
+
+    return torch.zeros(_gpu.NUM_COUNTERS, dtype=torch.int32, device=device)
+
+
 def decode_attention(
     queries: Tensor,
     cache: Tensor,
@@ -56,6 +65,8 @@ def decode_attention(
     scale: float,
     window: int,
     cap: float | None = None,
+    counters: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Let each of P sequences' one query attend to its cached keys, of which it sees the last `window`.
 
@@ -63,12 +74,15 @@ def decode_attention(
     block_table: [P, max_blocks] int32, dense, the blocks of each sequence in order; seq_lens: [P] int32, keys of each,
     1 or more (on a GPU 0 gives zeros). Head h reads key head h // (num_heads / num_kv_heads). With `cap` a score s is
     bent to cap * tanh(s / cap). Returns [P, num_heads * head_dim].
+
+    On a GPU only: `counters`, from `split_counters`, for calls one after the other, else each makes its own; and `out`,
+    [P, num_heads * head_dim], is where the answer is written, rows may be apart.
     """
     if on_gpu(cache):
         from loraplex_kernels.gpu import attention as _gpu  # Triton exists on GPU machines only
 
         return _gpu.decode_attention(
-            queries, cache, block_table, seq_lens, block_size, num_kv_heads, scale, window, cap
+            queries, cache, block_table, seq_lens, block_size, num_kv_heads, scale, window, cap, counters, out
         )
     if cap is None:
         return _cpu_decode.decode_attention(

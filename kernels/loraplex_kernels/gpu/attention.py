@@ -1,9 +1,16 @@
 """Attention over the paged cache in Triton, straight from the blocks.
 
 The heads that share a key head are rows of one product, so a key is read once for all of them. Decoding is split over
-the keys of a sequence, and the parts are weighted together by a second kernel; a chunk of a prompt is cut into tiles of
-queries. Everything that differs between steps (lengths, blocks) is read on the device: a captured graph stays valid.
+the keys of a sequence, and whichever of its programs is done last weights the parts together; a chunk of a prompt is
+cut into tiles of queries. Only the keys at the border of what a tile's rows see are masked. Everything that differs
+between steps (lengths, blocks) is read on the device: a captured graph stays valid.
+
+Scores are powers of two: the scale holds log2(e).
 """
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -11,43 +18,79 @@ import triton.language as tl
 from torch import Tensor
 
 NO_WINDOW = 1 << 30
+LOG2_E = math.log2(math.e)
 # Programs that one sequence and key head are split over when there are few sequences.
 MAX_SPLITS = 16
 WANTED_PROGRAMS = 264  # two for each processor of an H100 or H200
-CHUNK_ROWS = 64
+NUM_COUNTERS = WANTED_PROGRAMS // 2  # where there are more sequences and key heads, none is split
+MOST_AT_ONCE = 8192  # numbers of parts that a program holds to weight them: 64 a thread
+H100_SHARED_BYTES = 227 * 1024
+# Keys and values of one step of the loop are on their way while the last one's are taken in, and before them the
+# numbers of their blocks: with 2 each step would first wait for those.
+NUM_STAGES = 3
 # What differs from step to step must not decide which code a step runs: each variant is compiled when it is first met.
 CHANGING = ("table_stride", "window")
-TABLES = ("block_table", "query_start", "seq_lens")
+TABLES = ("block_table", "query_start", "seq_lens", "counters")
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkTile:
+    """What a program of `_chunks` has before it: rows are queries times the heads that share a key head."""
+
+    rows: int
+    keys: int
+    warps: int
+
+
+# The largest whose queries, and keys and values twice, lie in a processor's shared memory is taken. Compiled for sm_90
+# (bfloat16, heads of 128) a warp has 603 instructions for the keys of a step in the first, 385 in the second for half as
+# many keys; none spills.
+CHUNK_TILES = (ChunkTile(128, 128, 8), ChunkTile(128, 64, 8), ChunkTile(64, 64, 8), ChunkTile(64, 32, 8))
+FLOAT32_TILE = ChunkTile(16, 16, 4)  # products of float32 have no tensor cores, and larger ones no end of code
+MOST_IN_REGISTERS = 160  # float32 of a thread that hold scores and what is gathered
 
 
 @triton.jit
 def _attend(
-    q, cache, blocks, first_key, last_key, lowest, highest, is_row, key_column, value_column, cell_size, scale, cap,
+    q, cache, blocks, first_key, last_key, lowest, highest, key_column, value_column, cell_size, scale, cap,
     highest_score, total, gathered,
+    HAS_END: tl.constexpr, HAS_BORDERS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Take in the keys first_key to last_key - 1, of which row r sees those from lowest[r] to highest[r]."""
+    """Take in the keys first_key to last_key - 1: a multiple of KEYS but with HAS_END. With HAS_BORDERS row r sees those
+    from lowest[r] to highest[r] of them, else all rows see all."""
     d = tl.arange(0, DIMS)
-    is_dim = d < HEAD_DIM
     for start in range(first_key, last_key, KEYS):
         position = start + tl.arange(0, KEYS)
-        is_key = position < last_key
-        block = tl.load(blocks + position // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
-        cell = (block * BLOCK_SIZE + position % BLOCK_SIZE) * cell_size
-        is_cell = is_key[:, None] & is_dim[None, :]
-        keys = tl.load(cache + cell[:, None] + key_column + d[None, :], mask=is_cell, other=0.0)
-        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        is_cell = (d < HEAD_DIM)[None, :]
+        if HAS_END:
+            is_key = position < last_key
+            is_cell = is_cell & is_key[:, None]
+            block = tl.load(blocks + position // BLOCK_SIZE, mask=is_key, other=0)
+        else:
+            block = tl.load(blocks + position // BLOCK_SIZE)
+        cell = (block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE) * cell_size
+        place = cell[:, None] + d[None, :]
+        keys = tl.load(cache + key_column + place, mask=is_cell, other=0.0)
+        values = tl.load(cache + value_column + place, mask=is_cell, other=0.0)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
+        factor = scale
         if HAS_CAP:
-            scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
-        is_seen = (position[None, :] >= lowest[:, None]) & (position[None, :] <= highest[:, None]) & is_row[:, None]
-        scores = tl.where(is_seen & is_key[None, :], scores, float("-inf"))
-        new_highest = tl.maximum(highest_score, tl.max(scores, 1))
-        # A row that has seen no key yet has nothing to subtract: exp(-inf - 0) is 0, exp(-inf + inf) is no number.
-        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        weights = tl.exp(scores - shift[:, None])
-        faded = tl.exp(highest_score - shift)
+            scores = cap * (2.0 * tl.sigmoid(scale * scores) - 1.0)
+            factor = 1.0
+        if HAS_END:
+            scores = tl.where(is_key[None, :], scores, float("-inf"))
+        if HAS_BORDERS:
+            is_seen = (position[None, :] >= lowest[:, None]) & (position[None, :] <= highest[:, None])
+            scores = tl.where(is_seen, scores, float("-inf"))
+        new_highest = tl.maximum(highest_score, tl.max(scores, 1) * factor)
+        shift = new_highest
+        if HAS_BORDERS:
+            # A row that has seen no key yet has nothing to subtract: 2 ** (-inf + inf) is no number.
+            shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        weights = tl.exp2(scores * factor - shift[:, None])
+        faded = tl.exp2(highest_score - shift)
         total = total * faded + tl.sum(weights, 1)
-        values = tl.load(cache + cell[:, None] + value_column + d[None, :], mask=is_cell, other=0.0)
         gathered = tl.dot(weights.to(values.dtype), values, gathered * faded[:, None], input_precision="ieee")
         highest_score = new_highest
     return highest_score, total, gathered
@@ -56,63 +99,108 @@ def _attend(
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=TABLES)
 def _decode(
     queries, query_stride, cache, cell_size, block_table, table_stride, seq_lens, scale, cap, window,
-    parts, part_highest, part_total, num_kv_heads,
+    out, out_stride, parts, part_highest, part_total, counters, num_kv_heads,
     SHARED: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, HAS_CAP: tl.constexpr,
+    JOINED_ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     num_keys = tl.load(seq_lens + sequence)
     first = tl.maximum(num_keys - window, 0)
-    span = tl.cdiv(tl.cdiv(num_keys - first, SPLITS), KEYS) * KEYS
+    span = tl.maximum(tl.cdiv(tl.cdiv(num_keys - first, SPLITS), KEYS), 1) * KEYS
+    num_parts = tl.maximum(tl.cdiv(num_keys - first, span), 1)
+    if split >= num_parts:
+        return
     start = first + split * span
+    end = tl.minimum(start + span, num_keys)
     row = tl.arange(0, ROWS)
     is_row = row < SHARED
     d = tl.arange(0, DIMS)
+    is_dim = d < HEAD_DIM
     head = kv_head * SHARED + row
-    is_cell = is_row[:, None] & (d < HEAD_DIM)[None, :]
-    q = tl.load(queries + sequence * query_stride + head[:, None] * HEAD_DIM + d[None, :], mask=is_cell, other=0.0)
-    everything = tl.zeros((ROWS,), tl.int32)
+    is_cell = is_row[:, None] & is_dim[None, :]
+    place = head[:, None] * HEAD_DIM + d[None, :]
+    q = tl.load(queries + sequence * query_stride + place, mask=is_cell, other=0.0)
+    blocks = block_table + sequence * table_stride
+    key_column, value_column = kv_head * HEAD_DIM, (num_kv_heads + kv_head) * HEAD_DIM
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    gathered = tl.zeros((ROWS, DIMS), tl.float32)
     highest, total, gathered = _attend(
-        q, cache, block_table + sequence * table_stride, start, tl.minimum(start + span, num_keys),
-        everything, everything + num_keys, is_row, kv_head * HEAD_DIM, (num_kv_heads + kv_head) * HEAD_DIM, cell_size,
-        scale, cap, tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32),
-        tl.zeros((ROWS, DIMS), tl.float32), BLOCK_SIZE, HEAD_DIM, DIMS, KEYS, HAS_CAP,
+        q, cache, blocks, start, end, row, row, key_column, value_column, cell_size, scale, cap,
+        highest, total, gathered, True, False, BLOCK_SIZE, HEAD_DIM, DIMS, KEYS, HAS_CAP,
     )  # fmt: skip
-    cell = (sequence * num_kv_heads * SHARED + head) * SPLITS + split
-    tl.store(part_highest + cell, highest, mask=is_row)
-    tl.store(part_total + cell, total, mask=is_row)
-    tl.store(parts + cell[:, None] * HEAD_DIM + d[None, :], gathered, mask=is_cell)
+    number = out.dtype.element_ty
+    if num_parts == 1:
+        # A row that stands in for none in a captured graph has no keys: it gives zeros.
+        gathered = gathered / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(out + sequence * out_stride + place, gathered.to(number), mask=is_cell)
+    else:
+        part = (sequence * num_kv_heads * SHARED + head) * SPLITS + split
+        tl.store(part_highest + part, highest, mask=is_row)
+        tl.store(part_total + part, total, mask=is_row)
+        tl.store(parts + part[:, None] * HEAD_DIM + d[None, :], gathered, mask=is_cell)
+        # All threads have stored before one of them says so; who finds all others there sees what they stored.
+        tl.debug_barrier()
+        counter = counters + sequence * num_kv_heads + kv_head
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+            tl.store(counter, 0)  # for the next launch
+            first_part = (sequence * num_kv_heads + kv_head) * SHARED * SPLITS
+            answer = _join(
+                parts, part_highest, part_total, first_part, num_parts,
+                SHARED, SPLITS, HEAD_DIM, DIMS, JOINED_ROWS, AT_ONCE,
+            )  # fmt: skip
+            joined = tl.arange(0, JOINED_ROWS)
+            column = (kv_head * SHARED + joined)[:, None] * HEAD_DIM + d[None, :]
+            is_column = (joined < SHARED)[:, None] & is_dim[None, :]
+            tl.store(out + sequence * out_stride + column, answer.to(number), mask=is_column)
 
 
 @triton.jit
-def _join(parts, part_highest, part_total, out, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr):
-    cell = tl.program_id(0).to(tl.int64)  # sequence and head
-    split = tl.arange(0, SPLITS)
+def _join(
+    parts, part_highest, part_total, first_part, num_parts,
+    SHARED: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
+    JOINED_ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Weight the parts of one sequence's heads together, [JOINED_ROWS, DIMS]; each part has seen at least one key."""
+    row = tl.minimum(tl.arange(0, JOINED_ROWS), SHARED - 1)
     d = tl.arange(0, DIMS)
-    is_dim = d < HEAD_DIM
-    highest = tl.load(part_highest + cell * SPLITS + split)
-    total = tl.load(part_total + cell * SPLITS + split)
-    top = tl.max(highest, 0)
-    weight = tl.where(total > 0, tl.exp(highest - tl.where(top == float("-inf"), 0.0, top)), 0.0)
-    part = tl.load(parts + (cell * SPLITS + split)[:, None] * HEAD_DIM + d[None, :], mask=is_dim[None, :], other=0.0)
-    whole = tl.sum(total * weight, 0)
-    # A row that stands in for none in a captured graph has no keys: it gives zeros.
-    gathered = tl.sum(part * weight[:, None], 0) / tl.where(whole > 0, whole, 1.0)
-    tl.store(out + cell * HEAD_DIM + d, gathered.to(out.dtype.element_ty), mask=is_dim)
+    top = tl.full((JOINED_ROWS,), float("-inf"), tl.float32)
+    whole = tl.zeros((JOINED_ROWS,), tl.float32)
+    answer = tl.zeros((JOINED_ROWS, DIMS), tl.float32)
+    for first in range(0, num_parts, AT_ONCE):
+        part = first + tl.arange(0, AT_ONCE)
+        is_part = (part < num_parts)[:, None]
+        place = first_part + row[None, :] * SPLITS + part[:, None]
+        # Other processors wrote these: they are read past the cache that is this one's own.
+        highest = tl.load(part_highest + place, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+        total = tl.load(part_total + place, mask=is_part, other=0.0, cache_modifier=".cg")
+        is_cell = is_part[:, :, None] & (d < HEAD_DIM)[None, None, :]
+        cell = place[:, :, None] * HEAD_DIM + d[None, None, :]
+        some = tl.load(parts + cell, mask=is_cell, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(highest, 0))
+        weight = tl.exp2(highest - new_top[None, :])
+        faded = tl.exp2(top - new_top)
+        whole = whole * faded + tl.sum(total * weight, 0)
+        answer = answer * faded[:, None] + tl.sum(some * weight[:, :, None], 0)
+        top = new_top
+    return answer / whole[:, None]
 
 
-@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=(*CHANGING, "num_sequences"), do_not_specialize_on_alignment=TABLES)
 def _chunks(
     queries, query_stride, cache, cell_size, block_table, table_stride, query_start, seq_lens, scale, cap, window,
-    out, out_stride, num_kv_heads,
-    SHARED: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    out, out_stride, num_sequences, num_kv_heads,
+    SHARED: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    first_query = tl.program_id(0) * QUERIES
-    kv_head = tl.program_id(1)
-    sequence = tl.program_id(2).to(tl.int64)
+    # The last tiles see most keys: they begin first, so that the others fill up the end of the launch.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = program % num_kv_heads
+    sequence = (program // num_kv_heads % num_sequences).to(tl.int64)
+    first_query = program // num_kv_heads // num_sequences * QUERIES
     first_token = tl.load(query_start + sequence)
     num_queries = tl.load(query_start + sequence + 1) - first_token
     if first_query >= num_queries:
@@ -129,13 +217,30 @@ def _chunks(
     q = tl.load(queries + token[:, None] * query_stride + place, mask=is_cell, other=0.0)
     before = num_keys - num_queries
     position = before + query
-    start = tl.maximum(before + first_query - window + 1, 0)
+    lowest = position - window + 1
     end = before + tl.minimum(first_query + QUERIES, num_queries)
+    blocks = block_table + sequence * table_stride
+    key_column, value_column = kv_head * HEAD_DIM, (num_kv_heads + kv_head) * HEAD_DIM
+    highest_score = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    gathered = tl.zeros((ROWS, DIMS), tl.float32)
+    full_start = 0
+    if HAS_WINDOW:
+        # From the first key that any row sees to a multiple of KEYS where the last row begins to see.
+        start = tl.maximum(before + first_query - window + 1, 0)
+        full_start = start + tl.cdiv(tl.maximum(end - window - start, 0), KEYS) * KEYS
+        highest_score, total, gathered = _attend(
+            q, cache, blocks, start, tl.minimum(full_start, end), lowest, position, key_column, value_column,
+            cell_size, scale, cap, highest_score, total, gathered, True, True, BLOCK_SIZE, HEAD_DIM, DIMS, KEYS, HAS_CAP,
+        )  # fmt: skip
+    full_end = full_start + tl.maximum(before + first_query + 1 - full_start, 0) // KEYS * KEYS
+    highest_score, total, gathered = _attend(
+        q, cache, blocks, full_start, full_end, lowest, position, key_column, value_column,
+        cell_size, scale, cap, highest_score, total, gathered, False, False, BLOCK_SIZE, HEAD_DIM, DIMS, KEYS, HAS_CAP,
+    )  # fmt: skip
     _, total, gathered = _attend(
-        q, cache, block_table + sequence * table_stride, start, end, position - window + 1, position, is_row,
-        kv_head * HEAD_DIM, (num_kv_heads + kv_head) * HEAD_DIM, cell_size, scale, cap,
-        tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32),
-        tl.zeros((ROWS, DIMS), tl.float32), BLOCK_SIZE, HEAD_DIM, DIMS, KEYS, HAS_CAP,
+        q, cache, blocks, full_end, end, lowest, position, key_column, value_column,
+        cell_size, scale, cap, highest_score, total, gathered, True, True, BLOCK_SIZE, HEAD_DIM, DIMS, KEYS, HAS_CAP,
     )  # fmt: skip
     gathered = gathered / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out + token[:, None] * out_stride + place, gathered.to(out.dtype.element_ty), mask=is_cell)
@@ -144,9 +249,11 @@ def _chunks(
 def decode_attention(
     queries: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor,
     block_size: int, num_kv_heads: int, scale: float, window: int, cap: float | None = None,
+    counters: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     num_sequences, width = queries.shape
-    out = queries.new_empty(num_sequences, width)
+    if out is None:
+        out = queries.new_empty(num_sequences, width)
     if num_sequences == 0:
         return out
     cell_size = cache.shape[1]
@@ -154,20 +261,24 @@ def decode_attention(
     num_heads = width // head_dim
     shared = num_heads // num_kv_heads
     num_splits = _splits(num_sequences * num_kv_heads, block_table.shape[1] * block_size)
-    shape = (num_sequences * num_heads, num_splits)
-    parts = torch.empty(*shape, head_dim, dtype=torch.float32, device=queries.device)
-    highest, total = (torch.empty(shape, dtype=torch.float32, device=queries.device) for _ in range(2))
+    parts = highest = total = out
+    if num_splits > 1:
+        shape = (num_sequences * num_heads, num_splits)
+        parts = torch.empty(*shape, head_dim, dtype=torch.float32, device=queries.device)
+        highest, total = (torch.empty(shape, dtype=torch.float32, device=queries.device) for _ in range(2))
+    if counters is None:
+        counters = torch.zeros(num_sequences * num_kv_heads, dtype=torch.int32, device=queries.device)
     dims = max(16, triton.next_power_of_2(head_dim))
+    joined_rows = triton.next_power_of_2(shared)
+    at_once = min(num_splits, max(1, MOST_AT_ONCE // (joined_rows * dims)))
+    slope, bent = _slopes(scale, cap)
     _decode[(num_sequences, num_kv_heads, num_splits)](
         queries, queries.stride(0), cache, cell_size, block_table, block_table.stride(0), seq_lens,
-        scale, cap or 1.0, min(window, NO_WINDOW), parts, highest, total, num_kv_heads,
-        SHARED=shared, ROWS=max(16, triton.next_power_of_2(shared)), SPLITS=num_splits,
-        BLOCK_SIZE=block_size, HEAD_DIM=head_dim, DIMS=dims, KEYS=_keys(dims), HAS_CAP=cap is not None,
-        num_warps=4, num_stages=2,
+        slope, bent, min(window, NO_WINDOW), out, out.stride(0), parts, highest, total, counters, num_kv_heads,
+        SHARED=shared, ROWS=max(16, joined_rows), SPLITS=num_splits,
+        BLOCK_SIZE=block_size, HEAD_DIM=head_dim, DIMS=dims, KEYS=_keys(dims, queries.element_size()), HAS_CAP=cap is not None,
+        JOINED_ROWS=joined_rows, AT_ONCE=at_once, num_warps=4, num_stages=NUM_STAGES,
     )  # fmt: skip
-    _join[(num_sequences * num_heads,)](
-        parts, highest, total, out, HEAD_DIM=head_dim, DIMS=dims, SPLITS=num_splits, num_warps=1
-    )
     return out
 
 
@@ -180,17 +291,24 @@ def chunk_attention(
     cell_size = cache.shape[1]
     head_dim = cell_size // (2 * num_kv_heads)
     shared = width // head_dim // num_kv_heads
-    rows = max(CHUNK_ROWS, triton.next_power_of_2(shared))
     dims = max(16, triton.next_power_of_2(head_dim))
+    tile = _chunk_tile(dims, queries.element_size(), _shared_bytes(queries.device))
+    rows = max(tile.rows, triton.next_power_of_2(shared))
     num_queries = rows // shared
-    _chunks[(triton.cdiv(max_query_len, num_queries), num_kv_heads, len(seq_lens))](
+    slope, bent = _slopes(scale, cap)
+    _chunks[(triton.cdiv(max_query_len, num_queries) * len(seq_lens) * num_kv_heads,)](
         queries, queries.stride(0), cache, cell_size, block_table, block_table.stride(0), query_start, seq_lens,
-        scale, cap or 1.0, min(window, NO_WINDOW), out, out.stride(0), num_kv_heads,
-        SHARED=shared, QUERIES=num_queries, ROWS=rows,
-        BLOCK_SIZE=block_size, HEAD_DIM=head_dim, DIMS=dims, KEYS=_keys(dims), HAS_CAP=cap is not None,
-        num_warps=4 if dims <= 128 else 8, num_stages=2,
+        slope, bent, min(window, NO_WINDOW), out, out.stride(0), len(seq_lens), num_kv_heads,
+        SHARED=shared, QUERIES=num_queries, ROWS=rows, HAS_WINDOW=window < NO_WINDOW,
+        BLOCK_SIZE=block_size, HEAD_DIM=head_dim, DIMS=dims, KEYS=tile.keys, HAS_CAP=cap is not None,
+        num_warps=tile.warps, num_stages=NUM_STAGES,
     )  # fmt: skip
     return out
+
+
+def _slopes(scale: float, cap: float | None) -> tuple[float, float]:
+    """What products become scores by: s * the first, or with a cap the second * tanh(s * the first / 2)."""
+    return (scale * LOG2_E, 1.0) if cap is None else (2 * scale / cap, cap * LOG2_E)
 
 
 def _splits(num_programs: int, most_keys: int) -> int:
@@ -199,5 +317,23 @@ def _splits(num_programs: int, most_keys: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
-def _keys(dims: int) -> int:
-    return 64 if dims <= 128 else 32
+def _keys(dims: int, item_bytes: int) -> int:
+    return FLOAT32_TILE.keys if item_bytes > 2 else min(64, 8192 // dims)
+
+
+def _chunk_tile(dims: int, item_bytes: int, shared_bytes: int) -> ChunkTile:
+    if item_bytes > 2:
+        return FLOAT32_TILE
+    for tile in CHUNK_TILES:
+        in_registers = tile.rows * (dims + tile.keys) // (tile.warps * 32)
+        if item_bytes * dims * (tile.rows + 4 * tile.keys) + 2048 <= shared_bytes and in_registers <= MOST_IN_REGISTERS:
+            return tile
+    return CHUNK_TILES[-1]
+
+
+@lru_cache
+def _shared_bytes(device: torch.device) -> int:
+    """What one program may have; in the interpreter and to compile for a GPU that is not here, an H100's."""
+    if device.type != "cuda":
+        return H100_SHARED_BYTES
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)

@@ -8,7 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_kernels.attention import capped_attention, decode_attention, is_decode_fast, order_cells, paged_attention
+from loraplex_kernels.attention import (
+    capped_attention,
+    decode_attention,
+    is_decode_fast,
+    order_cells,
+    paged_attention,
+    split_counters,
+)
 from loraplex_kernels.dispatch import has_gpu_forms
 from loraplex_kernels.kv_cache import HeadNorms, rotate_and_store
 from loraplex_kernels.lora_pages import RowDelta
@@ -43,6 +50,7 @@ class KVCache:
         cells = _zeros(shape, dtype, device)
         self.layers: tuple[Tensor, ...] = cells.unbind(0)
         self.num_bytes = cells.nbytes
+        self.split_counters = split_counters(device)  # for all layers: they attend one after the other
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -107,7 +115,8 @@ def plan_attention(
     `groups_decodes`: decodes are computed in groups like chunks, never straight from their blocks.
     """
     if has_gpu_forms(batch.seq_lens.device):
-        return AttentionPlan(None, (), batch.slot_mapping, BlockPlan(batch, cache.block_size, window or NO_WINDOW))
+        blocks = BlockPlan(batch, cache.block_size, window or NO_WINDOW, cache.split_counters)
+        return AttentionPlan(None, (), batch.slot_mapping, blocks)
     lengths = batch.seq_lens.tolist()
     if window is not None and window >= batch.max_seq_len:
         window = None

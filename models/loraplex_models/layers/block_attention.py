@@ -17,6 +17,7 @@ class BlockPlan:
     batch: AttentionBatch
     block_size: int
     window: int  # keys that a query sees, its own included
+    counters: Tensor | None  # from split_counters
 
 
 def attend_blocks(
@@ -24,20 +25,18 @@ def attend_blocks(
 ) -> Tensor:
     """Return what each token's heads gather, [T, num_heads * head_dim]; queries: [T, num_heads * head_dim]."""
     batch, count = plan.batch, plan.batch.num_decodes
-    num_sequences = len(batch.seq_lens)
-    decoded = None
-    if count:
-        decoded = decode_attention(
-            queries[:count], cache, batch.block_table[:count], batch.seq_lens[:count],
-            block_size=plan.block_size, num_kv_heads=num_kv_heads, scale=scale, window=plan.window, cap=cap,
+    out = None
+    if count < len(batch.seq_lens):
+        out = chunk_attention(
+            queries, cache, batch.block_table[count:], batch.query_start[count:], batch.seq_lens[count:],
+            max_query_len=batch.max_query_len, block_size=plan.block_size, num_kv_heads=num_kv_heads, scale=scale,
+            window=plan.window, cap=cap,
         )  # fmt: skip
-        if count == num_sequences:
-            return decoded
-    out = chunk_attention(
-        queries, cache, batch.block_table[count:], batch.query_start[count:], batch.seq_lens[count:],
-        max_query_len=batch.max_query_len, block_size=plan.block_size, num_kv_heads=num_kv_heads, scale=scale,
-        window=plan.window, cap=cap,
+        if count == 0:
+            return out
+    decoded = decode_attention(
+        queries[:count], cache, batch.block_table[:count], batch.seq_lens[:count],
+        block_size=plan.block_size, num_kv_heads=num_kv_heads, scale=scale, window=plan.window, cap=cap,
+        counters=plan.counters, out=None if out is None else out[:count],
     )  # fmt: skip
-    if decoded is not None:
-        out[:count] = decoded
-    return out
+    return decoded if out is None else out

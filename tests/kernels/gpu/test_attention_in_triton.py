@@ -52,17 +52,44 @@ def test_decoding_in_triton(dtype: torch.dtype, shared: int, head_dim: int, wind
     assert not ours[2].any()
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 8])
-@pytest.mark.parametrize("cap", [None, 2.0])
-@pytest.mark.parametrize("window", [20, EVERYTHING])
+@pytest.mark.parametrize(
+    ("num_splits", "at_once", "cap", "window"),
+    [(1, 1, None, 20), (1, 1, 2.0, EVERYTHING), (2, 2, 2.0, 20), (8, 8, None, EVERYTHING), (8, 2, 2.0, EVERYTHING)],
+)
 def test_however_the_keys_are_split(
-    monkeypatch: pytest.MonkeyPatch, num_splits: int, cap: float | None, window: int
+    monkeypatch: pytest.MonkeyPatch, num_splits: int, at_once: int, cap: float | None, window: int
 ) -> None:
     monkeypatch.setattr(gpu, "_splits", lambda *_: num_splits)
     monkeypatch.setattr(gpu, "_keys", lambda *_: 16)
+    monkeypatch.setattr(gpu, "MOST_AT_ONCE", at_once * 4 * 16)
     cache, table, seq_lens = paged([70, 3, 1, 100], 16, torch.float32)
-    arguments = (queries_of(4, 2, 16, torch.float32), cache, table, seq_lens, BLOCK_SIZE, KV_HEADS, 1.0, window, cap)
-    assert_near(gpu.decode_attention(*arguments), reference.decode_attention(*arguments))
+    arguments = (queries_of(4, 3, 16, torch.float32), cache, table, seq_lens, BLOCK_SIZE, KV_HEADS, 1.0, window, cap)
+    counters, out = counters_and_room(4 * KV_HEADS, 4, 3 * KV_HEADS * 16)
+    for _ in range(2):  # the second time with what the first has left
+        gpu.decode_attention(*arguments, counters, out)
+        assert_near(out, reference.decode_attention(*arguments))
+        assert not counters.any()
+
+
+def counters_and_room(num_counters: int, num_rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Counters at zero, and rows that stand apart."""
+    room = torch.full((num_rows, width + 8), float("nan"), device=DEVICE)
+    return torch.zeros(num_counters, dtype=torch.int32, device=DEVICE), room[:, :width]
+
+
+def test_parts_joined_too_early_or_never_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A counter that stood too high or too low: its head is joined without its last parts, or by nobody."""
+    monkeypatch.setattr(gpu, "_splits", lambda *_: 4)
+    monkeypatch.setattr(gpu, "_keys", lambda *_: 16)
+    cache, table, seq_lens = paged([64, 64], 16, torch.float32)
+    arguments = (queries_of(2, 2, 16, torch.float32), cache, table, seq_lens, BLOCK_SIZE, KV_HEADS, 1.0, EVERYTHING)
+    truth = reference.decode_attention(*arguments)
+    for wrong in (2, -1):
+        counters, out = counters_and_room(2 * KV_HEADS, 2, 2 * KV_HEADS * 16)
+        counters[1] = wrong
+        ours = gpu.decode_attention(*arguments, None, counters, out).nan_to_num(1e9)
+        assert error(ours[1], truth[1]) < 2e-5
+        assert error(ours[0, :32], truth[0, :32]) < 2e-5 and error(ours[0, 32:], truth[0, 32:]) > 1e-3
 
 
 def starts_of(counts: list[int]) -> Tensor:
@@ -82,12 +109,27 @@ def test_chunks_in_triton(dtype: torch.dtype, shared: int, head_dim: int, window
     assert_near(ours, truth)
 
 
-def test_a_chunk_longer_than_a_tile_of_queries_and_a_block_of_keys() -> None:
+@pytest.mark.parametrize(
+    ("rows", "keys", "window"), [(64, 16, 7), (64, 16, 33), (32, 32, 90), (32, 64, EVERYTHING), (128, 16, EVERYTHING)]
+)
+def test_chunks_longer_than_tiles_of_queries_and_of_keys(
+    monkeypatch: pytest.MonkeyPatch, rows: int, keys: int, window: int
+) -> None:
+    """Tiles whose keys are all seen, and those at either border of what their rows see."""
+    monkeypatch.setattr(gpu, "_chunk_tile", lambda *_: gpu.ChunkTile(rows, keys, 4))
     cache, table, seq_lens = paged([150, 70], 16, torch.float32)
     arguments = (queries_of(190, 2, 16, torch.float32), cache, table, starts_of([120, 70]), seq_lens)
-    for window in (33, EVERYTHING):
-        ours = gpu.chunk_attention(*arguments, 120, BLOCK_SIZE, KV_HEADS, 0.3, window)
-        assert_near(ours, reference.chunk_attention(*arguments, BLOCK_SIZE, KV_HEADS, 0.3, window))
+    ours = gpu.chunk_attention(*arguments, 120, BLOCK_SIZE, KV_HEADS, 0.3, window)
+    assert_near(ours, reference.chunk_attention(*arguments, BLOCK_SIZE, KV_HEADS, 0.3, window))
+
+
+def test_tiles_fit_into_what_a_processor_has() -> None:
+    large, an_l4 = gpu.H100_SHARED_BYTES, 99 * 1024
+    assert gpu._chunk_tile(128, 2, large) == gpu.ChunkTile(128, 128, 8)
+    assert gpu._chunk_tile(256, 2, large) == gpu.ChunkTile(128, 64, 8)
+    assert gpu._chunk_tile(128, 2, an_l4) == gpu.ChunkTile(128, 64, 8)
+    assert gpu._chunk_tile(256, 2, an_l4) == gpu.ChunkTile(64, 32, 8)
+    assert gpu._chunk_tile(128, 4, large) == gpu.FLOAT32_TILE
 
 
 def test_one_query_is_the_same_by_either_kernel() -> None:
