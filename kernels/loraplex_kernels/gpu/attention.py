@@ -46,7 +46,8 @@ class ChunkTile:
 # (bfloat16, heads of 128) a warp has 603 instructions for the keys of a step in the first, 385 in the second for half as
 # many keys; none spills.
 CHUNK_TILES = (ChunkTile(128, 128, 8), ChunkTile(128, 64, 8), ChunkTile(64, 64, 8), ChunkTile(64, 32, 8))
-FLOAT32_TILE = ChunkTile(16, 16, 4)  # products of float32 have no tensor cores, and larger ones no end of code
+# Products of float32 have no tensor cores, and in larger tiles no end of code.
+FLOAT32_TILES = (ChunkTile(32, 64, 8), ChunkTile(16, 16, 4))
 MOST_IN_REGISTERS = 160  # float32 of a thread that hold scores and what is gathered
 
 
@@ -318,17 +319,16 @@ def _splits(num_programs: int, most_keys: int) -> int:
 
 
 def _keys(dims: int, item_bytes: int) -> int:
-    return FLOAT32_TILE.keys if item_bytes > 2 else min(64, 8192 // dims)
+    return 64 if dims <= 128 else 8192 // dims if item_bytes == 2 else 16
 
 
 def _chunk_tile(dims: int, item_bytes: int, shared_bytes: int) -> ChunkTile:
-    if item_bytes > 2:
-        return FLOAT32_TILE
-    for tile in CHUNK_TILES:
+    tiles = CHUNK_TILES if item_bytes == 2 else FLOAT32_TILES
+    for tile in tiles:
         in_registers = tile.rows * (dims + tile.keys) // (tile.warps * 32)
         if item_bytes * dims * (tile.rows + 4 * tile.keys) + 2048 <= shared_bytes and in_registers <= MOST_IN_REGISTERS:
             return tile
-    return CHUNK_TILES[-1]
+    return tiles[-1]
 
 
 @lru_cache

@@ -129,7 +129,8 @@ def test_tiles_fit_into_what_a_processor_has() -> None:
     assert gpu._chunk_tile(256, 2, large) == gpu.ChunkTile(128, 64, 8)
     assert gpu._chunk_tile(128, 2, an_l4) == gpu.ChunkTile(128, 64, 8)
     assert gpu._chunk_tile(256, 2, an_l4) == gpu.ChunkTile(64, 32, 8)
-    assert gpu._chunk_tile(128, 4, large) == gpu.FLOAT32_TILE
+    assert gpu._chunk_tile(128, 4, large) == gpu.ChunkTile(32, 64, 8)
+    assert gpu._chunk_tile(256, 4, large) == gpu.ChunkTile(16, 16, 4)
 
 
 def test_one_query_is_the_same_by_either_kernel() -> None:
