@@ -123,7 +123,9 @@ def put_in_place(cuda: CudaStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         "max_memory_reserved": lambda device=None: machine.allocated_bytes,
         "reset_peak_memory_stats": lambda device=None: None, "device": lambda device: nullcontext(),
         "cudart": lambda: SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: 0),
-        "get_device_properties": lambda device=None: SimpleNamespace(total_memory=TOTAL_BYTES),
+        "get_device_properties": lambda device=None: SimpleNamespace(
+            total_memory=TOTAL_BYTES, shared_memory_per_block_optin=227 * 1024
+        ),
     }  # fmt: skip
     for name, value in names.items():
         monkeypatch.setattr(torch.cuda, name, value)

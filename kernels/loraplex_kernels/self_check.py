@@ -128,11 +128,12 @@ def _attention_pairs(sizes: ModelSizes, numbers: Numbers) -> Pairs:
     seq_lens = torch.tensor([1, 33, 300], dtype=torch.int32, device=cache.device)
     starts = torch.tensor([0, 1, 11, 41], dtype=torch.int32, device=cache.device)
     table = torch.arange(59, -1, -1, dtype=torch.int32, device=cache.device).view(3, 20)
+    counters = torch.zeros(attention.NUM_COUNTERS, dtype=torch.int32, device=cache.device)
     for name, window, cap in (("", NO_WINDOW, None), (", a window", 50, None), (", capped scores", NO_WINDOW, 5.0)):
         shared = (BLOCK_SIZE, kv_heads, head_dim**-0.5, window, cap)
         queries = numbers(3, heads * head_dim)
         truth = reference_attention.decode_attention(queries, cache, table, seq_lens, *shared)
-        ours = attention.decode_attention(queries, cache, table, seq_lens, *shared)
+        ours = attention.decode_attention(queries, cache, table, seq_lens, *shared, counters)
         yield f"attention of decodes{name}", ours, truth
         queries = numbers(41, heads * head_dim)
         truth = reference_attention.chunk_attention(queries, cache, table, starts, seq_lens, *shared)

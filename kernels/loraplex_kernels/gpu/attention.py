@@ -42,9 +42,9 @@ class ChunkTile:
     warps: int
 
 
-# The largest whose queries, and keys and values twice, lie in a processor's shared memory is taken. Compiled for sm_90
-# (bfloat16, heads of 128) a warp has 603 instructions for the keys of a step in the first, 385 in the second for half as
-# many keys; none spills.
+# The first that fits is taken: its queries, and keys and values twice, into a processor's shared memory. For sm_90 and
+# heads of 128 in bfloat16 a warp has 603 instructions for the keys of a step in the first, and 385 for half of them in
+# the second; products are those of a warp group (wgmma), copies take 16 bytes a thread, nothing spills.
 CHUNK_TILES = (ChunkTile(128, 128, 8), ChunkTile(128, 64, 8), ChunkTile(64, 64, 8), ChunkTile(64, 32, 8))
 # Products of float32 have no tensor cores, and in larger tiles no end of code.
 FLOAT32_TILES = (ChunkTile(32, 64, 8), ChunkTile(16, 16, 4))
@@ -58,8 +58,10 @@ def _attend(
     HAS_END: tl.constexpr, HAS_BORDERS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Take in the keys first_key to last_key - 1: a multiple of KEYS but with HAS_END. With HAS_BORDERS row r sees those
-    from lowest[r] to highest[r] of them, else all rows see all."""
+    """Take in the keys first_key to last_key - 1, which without HAS_END are a multiple of KEYS.
+
+    With HAS_BORDERS row r sees those from lowest[r] to highest[r] of them, else all rows see all.
+    """
     d = tl.arange(0, DIMS)
     for start in range(first_key, last_key, KEYS):
         position = start + tl.arange(0, KEYS)
@@ -231,8 +233,8 @@ def _chunks(
         start = tl.maximum(before + first_query - window + 1, 0)
         full_start = start + tl.cdiv(tl.maximum(end - window - start, 0), KEYS) * KEYS
         highest_score, total, gathered = _attend(
-            q, cache, blocks, start, tl.minimum(full_start, end), lowest, position, key_column, value_column,
-            cell_size, scale, cap, highest_score, total, gathered, True, True, BLOCK_SIZE, HEAD_DIM, DIMS, KEYS, HAS_CAP,
+            q, cache, blocks, start, tl.minimum(full_start, end), lowest, position, key_column, value_column, cell_size,
+            scale, cap, highest_score, total, gathered, True, True, BLOCK_SIZE, HEAD_DIM, DIMS, KEYS, HAS_CAP,
         )  # fmt: skip
     full_end = full_start + tl.maximum(before + first_query + 1 - full_start, 0) // KEYS * KEYS
     highest_score, total, gathered = _attend(
@@ -276,8 +278,8 @@ def decode_attention(
     _decode[(num_sequences, num_kv_heads, num_splits)](
         queries, queries.stride(0), cache, cell_size, block_table, block_table.stride(0), seq_lens,
         slope, bent, min(window, NO_WINDOW), out, out.stride(0), parts, highest, total, counters, num_kv_heads,
-        SHARED=shared, ROWS=max(16, joined_rows), SPLITS=num_splits,
-        BLOCK_SIZE=block_size, HEAD_DIM=head_dim, DIMS=dims, KEYS=_keys(dims, queries.element_size()), HAS_CAP=cap is not None,
+        SHARED=shared, ROWS=max(16, joined_rows), SPLITS=num_splits, BLOCK_SIZE=block_size,
+        HEAD_DIM=head_dim, DIMS=dims, KEYS=_keys(dims, queries.element_size()), HAS_CAP=cap is not None,
         JOINED_ROWS=joined_rows, AT_ONCE=at_once, num_warps=4, num_stages=NUM_STAGES,
     )  # fmt: skip
     return out
@@ -336,4 +338,5 @@ def _shared_bytes(device: torch.device) -> int:
     """What one program may have; in the interpreter and to compile for a GPU that is not here, an H100's."""
     if device.type != "cuda":
         return H100_SHARED_BYTES
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # missing in torch's stubs
