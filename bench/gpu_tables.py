@@ -264,7 +264,7 @@ def capture(bench: Bench) -> list[Row]:
         if graphs is not None:
             with torch.inference_mode():
                 graphs.capture_all()
-        return [{"graphs": 0 if graphs is None else len(graphs._captured), "seconds": time.perf_counter() - began}]
+        return [{"graphs": 0 if graphs is None else graphs.num_captured, "seconds": time.perf_counter() - began}]
     finally:
         world.engine.close()
 

@@ -286,9 +286,14 @@ class PagedAdapterSlots(AdapterSlots):
             not self._routers.isdisjoint(self._residents[slot].linears) for slot in slots
         )
 
-    def pages_of(self, slots: set[int]) -> tuple[LinearPages | None, ...]:
+    def touched(self, slots: Set[int]) -> frozenset[int]:
+        """The linears that adapters of these slots touch: indices into `pages`."""
+        sets = {self._residents[slot].linears for slot in slots if slot in self._residents}
+        return sets.pop() if len(sets) == 1 else frozenset[int]().union(*sets)
+
+    def pages_of(self, slots: Set[int]) -> tuple[LinearPages | None, ...]:
         """Each linear's pages, by its index, then those of experts; None where no adapter of these slots touches it."""
-        touched = frozenset[int]().union(*(self._residents[slot].linears for slot in slots if slot in self._residents))
+        touched = self.touched(slots)
         return tuple(pages if index in touched else None for index, pages in enumerate(self.pages))
 
     @property

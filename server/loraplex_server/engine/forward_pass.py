@@ -66,10 +66,11 @@ class ForwardPass:
         last_token_ids: see `BatchBuilder.build`.
         """
         arrays = self._builder.arrays(plan)
-        if self._graphs is not None:
+        if self._graphs is not None and isinstance(self._slots, PagedAdapterSlots):
             used = {sequence.slot for sequence in plan.sequences if sequence.slot >= 0}
             if not self._slots.need_plain_steps(used):
-                logits = self._graphs.run(plan, arrays, has_adapters=bool(used), last_token_ids=last_token_ids)
+                touched = self._slots.touched(used)
+                logits = self._graphs.run(plan, arrays, touched=touched, last_token_ids=last_token_ids)
                 if logits is not None:
                     return logits
         return self._model.forward(self._builder.batch(plan, arrays, last_token_ids), self._kv_cache)

@@ -15,7 +15,7 @@ from loraplex_models.decoder import CausalLM
 from loraplex_server.config import EngineConfig
 from loraplex_server.engine.device_batch import DeviceBatchBuilder
 from loraplex_server.engine.device_sampler import sampler_kind
-from loraplex_server.engine.graphs import DecodeGraphs, Replay, graph_sizes
+from loraplex_server.engine.graphs import DecodeGraphs, Replay, graph_sizes, num_own_sets
 from loraplex_server.engine.memory import GpuShares, most_total_tokens, settle_adapter_budgets
 from loraplex_server.messages import SamplingParams
 
@@ -110,7 +110,7 @@ def measure_steps(config: EngineConfig, model: CausalLM, memory: DeviceMemory) -
         graphs = 0
         if model.can_be_captured:
             graphs = peak_of(memory, lambda: _keep_decodes(config.max_batch_size, most_tokens, model, slots))
-            graphs += 2 * len(graph_sizes(config.max_batch_size)) * GRAPH_BYTES
+            graphs += (2 + num_own_sets(model)) * len(graph_sizes(config.max_batch_size)) * GRAPH_BYTES
         sampling = peak_of(memory, lambda: _choose_tokens(config, model, most_tokens))
     return WidestSteps(forward, sampling, graphs)
 
@@ -137,7 +137,7 @@ def _compute_chunk(config: EngineConfig, model: CausalLM, slots: PagedAdapterSlo
 
 
 def _keep_decodes(max_batch_size: int, most_tokens: int, model: CausalLM, slots: PagedAdapterSlots) -> None:
-    """All that the graphs of a server have in memory: inputs and logits of each, and what a pass takes meanwhile."""
+    """What the graphs of a server have in memory: inputs of each, the logits, and what a pass takes meanwhile."""
 
     def capture(forward: Callable[[], Tensor]) -> Replay:
         logits = forward()

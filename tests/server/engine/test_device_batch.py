@@ -20,8 +20,9 @@ from loraplex_models.adapters.weights import AdapterWeights, load_adapter_weight
 from loraplex_models.decoder import CausalLM
 from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
+from loraplex_server.engine import graphs as graphs_of_decodes
 from loraplex_server.engine.device_batch import DeviceBatchBuilder
-from loraplex_server.engine.graphs import DecodeGraphs, graph_sizes, run_again
+from loraplex_server.engine.graphs import OFTEN, DecodeGraphs, TargetSets, graph_sizes, run_again
 from loraplex_server.engine.staging import StagedInputs, send_arrays
 from loraplex_server.engine.step import FUTURE_TOKEN, ScheduledSequence, StepPlan
 
@@ -107,13 +108,18 @@ def decodes(slots_of_rows: list[int], rng: random.Random) -> StepPlan:
 @needs_interpreter
 @pytest.mark.parametrize("has_experts", [False, True])
 def test_a_filled_up_batch_gives_the_logits_of_the_batch_alone(
-    has_experts: bool, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    has_experts: bool,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One graph serves batches of other sizes, other adapters and other ranks, one after the other.
 
-    Every second token of a batch is the one that its row chose last.
+    Every second token of a batch is the one that its row chose last. The linears that a batch touches get graphs of
+    their own when they come for the second time, and a batch that touches others has the graph for all.
     """
     monkeypatch.setattr(dispatch, "INTERPRETS", True)
+    monkeypatch.setattr(graphs_of_decodes, "OFTEN", 2)
     model, adapters = with_experts(tmp_path) if has_experts else request.getfixturevalue("parts")
     slots = PagedAdapterSlots(model, 2, 64)
     cache, other = (model.new_kv_cache(NUM_BLOCKS + 1, BLOCK_SIZE) for _ in range(2))
@@ -131,7 +137,11 @@ def test_a_filled_up_batch_gives_the_logits_of_the_batch_alone(
         capture=capture,
     )  # fmt: skip
     rng = random.Random(5)
-    mixes = [([-1, 0, 1], adapters), ([0, 0, 1, 1], adapters[::-1]), ([-1, -1, -1], adapters), ([-1, -1, 1], adapters)]
+    second = [-1, -1, 1]
+    mixes = [
+        ([-1, 0, 1], adapters), ([0, 0, 1, 1], adapters[::-1]), ([-1, -1, -1], adapters), (second, adapters),
+        (second, adapters), (second, adapters[::-1]), (second, adapters),
+    ]  # fmt: skip
     with torch.inference_mode():
         for rows, weights in mixes:
             for slot, one in enumerate(weights):
@@ -144,12 +154,26 @@ def test_a_filled_up_batch_gives_the_logits_of_the_batch_alone(
             unread = [replace(one, token_ids=[FUTURE_TOKEN]) if one.row % 2 else one for one in plan.sequences]
             arrays = DeviceBatchBuilder(4, MAX_BLOCKS, BLOCK_SIZE, slots, CPU).arrays(replace(plan, sequences=unread))
             assert torch.equal(builder.batch(plan, arrays, chosen).token_ids, whole.token_ids)
-            has_adapters = any(slot >= 0 for slot in rows)
-            ours = graphs.run(plan, arrays, has_adapters=has_adapters, last_token_ids=chosen)
+            touched = slots.touched({slot for slot in rows if slot >= 0})
+            ours = graphs.run(plan, arrays, touched=touched, last_token_ids=chosen)
             assert ours is not None and (ours - truth).abs().max() < 1e-4
             for layer, same in zip(cache.layers, other.layers, strict=True):
                 assert torch.allclose(layer[:SPARE_CELL], same[:SPARE_CELL], atol=1e-4)
-    assert len(captured) == 2
+    assert len(captured) == graphs.num_captured == 3
+
+
+def test_any_step_has_the_smallest_known_set_of_linears_that_holds_its_own() -> None:
+    everything, rng = frozenset(range(8)), random.Random(3)
+    sets = TargetSets(everything, 2)
+    assert sets.choose(frozenset()) == frozenset()
+    narrow, wide = frozenset({1, 2}), frozenset({1, 2, 3})
+    assert {sets.choose(wide) for _ in range(OFTEN - 1)} == {everything}
+    assert sets.choose(wide) == sets.choose(narrow) == wide
+    assert {sets.choose(narrow) for _ in range(OFTEN)} == {wide, narrow}
+    known = [frozenset(), narrow, wide, everything]
+    for _ in range(3000):
+        touched = frozenset(rng.sample(range(8), rng.randrange(9)))
+        assert sets.choose(touched) == next(one for one in known if one >= touched)
 
 
 def test_a_step_with_an_adapter_of_routers_has_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +203,7 @@ def test_a_step_with_a_chunk_has_no_graph(parts) -> None:
         model, model.new_kv_cache(1, BLOCK_SIZE), (), max_batch_size=4, max_blocks=MAX_BLOCKS, spare_cell=0,
         capture=run_again,
     )  # fmt: skip
-    assert graphs.run(mixed, builder.arrays(mixed), has_adapters=False) is None
+    assert graphs.run(mixed, builder.arrays(mixed), touched=frozenset()) is None
 
 
 @needs_interpreter

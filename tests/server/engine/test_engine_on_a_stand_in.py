@@ -17,7 +17,7 @@ from truth import Answer
 
 from loraplex_kernels import streams
 from loraplex_kernels.lora_pages import RankPages
-from loraplex_server.engine import staging
+from loraplex_server.engine import graphs, staging
 
 pytestmark = needs_interpreter
 
@@ -71,13 +71,15 @@ def truth(world: World) -> dict[str, Answer]:
 
 
 def test_the_gpu_engine_gives_the_tokens_of_the_cpu_and_never_waits_but_to_read_them(
-    world: World, truth: dict[str, Answer], cuda: CudaStandIn
+    world: World, truth: dict[str, Answer], cuda: CudaStandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(graphs, "OFTEN", 2)
     bench = EngineBench(*world, device="cuda", **SETTINGS)
     torch.cuda.set_sync_debug_mode("error")
     ours = answers(bench)
     cuda.finish()
-    assert len(cuda.captures) == 4 and cuda.num_replays > 0
+    # Four at start; then, between steps, those of the linears that an adapter touches.
+    assert len(cuda.captures) > 4 and cuda.num_replays > 0
     for name, answer in truth.items():
         assert ours[name].token_ids == answer.token_ids, name
         assert ours[name].logprobs == pytest.approx(answer.logprobs, abs=1e-3), name
