@@ -258,6 +258,15 @@ def test_a_router_of_a_layer_without_experts_is_refused(tmp_path: Path) -> None:
         check_adapter(damaged(adapter, tmp_path / "b", misplace), config, max_rank=8)
 
 
+def test_target_parameters_that_are_no_list_are_refused(world: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
+    _, folder = world
+    adapter = shutil.copytree(folder / "router", tmp_path / "a")
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_parameters": "mlp.gate.weight"}))
+    with pytest.raises(ManifestError, match=r"target_parameters is 'mlp\.gate\.weight': it must be a list of names"):
+        check_adapter(adapter, read_config(folder / "model"), max_rank=8)
+
+
 def test_a_rank_beyond_the_servers_is_refused(world: tuple[PreTrainedModel, Path]) -> None:
     _, folder = world
     with pytest.raises(ManifestError, match=r"rank 8 .* is greater than max_lora_rank 7"):
