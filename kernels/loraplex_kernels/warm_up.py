@@ -1,16 +1,31 @@
 """Compile what is compiled on first use, so that no request waits for it."""
 
+from pathlib import Path
+
 import torch
 
 from loraplex_kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from loraplex_kernels.attention import decode_attention
 from loraplex_kernels.choice import most_likely
+from loraplex_kernels.cpu.compiled import kept_code_folder
 from loraplex_kernels.dispatch import has_gpu_forms
 from loraplex_kernels.kv_cache import rotate_and_store
 from loraplex_kernels.linear import linear, pack_weight
 from loraplex_kernels.lora import LoraSegments, LoraTable, lora_expand, lora_shrink
 from loraplex_kernels.moe import route_tokens, sum_experts
 from loraplex_kernels.norm import rms_norm, rms_norm_groups
+
+
+def compiling_notice(device: torch.device) -> str | None:
+    """Why warming up takes long this time, for who waits for it; None where it does not."""
+    if has_gpu_forms(device):
+        return None
+    folder: Path | None = kept_code_folder()  # type: ignore[no-untyped-call]
+    if folder is None:
+        return "compiling kernels for a minute or more, as at every start: no folder to keep them in (XDG_CACHE_HOME)"
+    if any(folder.rglob("*.nbi")):
+        return None
+    return f"compiling kernels for a minute or more, once: they are kept in {folder}"
 
 
 def warm_up(dtype: torch.dtype, device: torch.device, *, has_experts: bool) -> None:

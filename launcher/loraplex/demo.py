@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def prepare(cache_folder: Path | None = None, say: Callable[[str], None] | None 
             shutil.rmtree(left_over, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=cache))
         try:
+            _check_packages()
             gguf = _fetch(work, say)
             say("converting the demo model (once)")
             made = _convert(gguf, work / "model")
@@ -104,6 +106,16 @@ def _locked(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
             say("another process prepares the demo model: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _check_packages() -> None:
+    """Refuse before the download what the conversion would miss."""
+    missing = [name for name in ("transformers", "gguf") if find_spec(name) is None]
+    if missing:
+        raise LaunchError(
+            f"making the demo model needs {' and '.join(missing)}: pip install 'loraplex[demo]', or build the image "
+            "with --build-arg EXTRA_PACKAGES='transformers gguf'"
+        )
 
 
 def _fetch(work: Path, say: Callable[[str], None]) -> Path:

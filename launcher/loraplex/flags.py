@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import ipaddress
 import os
+import socket
 import types
 import typing
 from collections.abc import Iterator
@@ -162,7 +163,8 @@ def _hostname(context: click.Context, hostname: str) -> str:
     try:
         ipaddress.ip_address(hostname)
     except ValueError:
-        _warn(context, f"hostname '{hostname}' is not an IP address: listening on {ENDLESS_ADDRESS}")
+        if hostname != socket.gethostname():  # as every container has it in HOSTNAME
+            _warn(context, f"hostname '{hostname}' is not an IP address: listening on {ENDLESS_ADDRESS}")
         return ENDLESS_ADDRESS
     return hostname
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -171,7 +172,9 @@ class Checkpoint:
         try:
             self._files[name] = safe_open(path, framework="pt")
         except FileNotFoundError:
-            raise CheckpointError(f"the checkpoint's file '{path}' does not exist") from None
+            # safetensors says the same of a file that it may not open.
+            problem = f"may not be read by user {os.getuid()}" if path.exists() else "does not exist"
+            raise CheckpointError(f"the checkpoint's file '{path}' {problem}") from None
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"the checkpoint's file '{path}' is broken or incomplete: {error}") from None
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from loraplex_kernels import warm_up
 from loraplex_kernels.cpu import compiled
 from loraplex_kernels.cpu.compiled import exp, floats, halves, jit, load, store
 
@@ -16,8 +17,10 @@ numba.core.caching.CompileResultCacheImpl._locator_classes = []  # no folder can
 import torch
 from loraplex_kernels.cpu.compiled import CAN_KEEP_CODE
 from loraplex_kernels.norm import rms_norm
+from loraplex_kernels.warm_up import compiling_notice
 assert not CAN_KEEP_CODE
 print(rms_norm(torch.full((1, 4), 2.0), torch.ones(4), 1e-5).tolist())
+print(compiling_notice(torch.device("cpu")))
 """
 
 
@@ -39,6 +42,16 @@ def test_kernels_run_where_compiled_code_cannot_be_kept() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("[[0.99999")
+    assert "as at every start" in done.stdout
+
+
+def test_a_first_start_says_that_it_compiles_and_where_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(warm_up, "kept_code_folder", lambda: tmp_path)
+    assert str(tmp_path) in (warm_up.compiling_notice(cpu) or "")
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "norm.rms_norm.nbi").write_bytes(b"")
+    assert warm_up.compiling_notice(cpu) is None
 
 
 def test_rounding_to_bfloat16_is_torchs() -> None:

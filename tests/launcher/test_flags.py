@@ -1,3 +1,5 @@
+import socket
+
 import click
 import pytest
 
@@ -152,6 +154,10 @@ def test_a_containers_name_is_not_an_address(monkeypatch: pytest.MonkeyPatch) ->
     settings = settings_of()
     assert settings.serve.api.hostname == "0.0.0.0"
     assert "3f2a91c0" in settings.warnings[0]
+    monkeypatch.setattr(socket, "gethostname", lambda: "3f2a91c0")
+    settings = settings_of()
+    assert settings.serve.api.hostname == "0.0.0.0"
+    assert settings.warnings == ()
 
 
 @pytest.mark.parametrize(("given", "taken"), [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("localhost", "127.0.0.1")])

@@ -1,6 +1,7 @@
 """What the loader reads, and what it refuses with which words."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from paged_model import PagedModel
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_llama
 
+from loraplex_models import checkpoint
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
 from loraplex_models.decoder import CausalLM
 from loraplex_models.loader import load_model
@@ -124,6 +126,18 @@ def test_a_shard_that_the_index_names_and_is_not_there_is_named(tmp_path: Path) 
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
     gone.unlink()
     with pytest.raises(CheckpointError, match=rf"{gone.name}' does not exist"):
+        load(tmp_path)
+
+
+def test_a_shard_that_this_user_may_not_read_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, framework: str) -> None:
+        raise FileNotFoundError(f"No such file or directory: {path}")  # safetensors' answer to EACCES
+
+    make_tiny_llama(tmp_path)
+    monkeypatch.setattr(checkpoint, "safe_open", refuse)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors' may not be read by user {os.getuid()}"):
         load(tmp_path)
 
 

@@ -40,6 +40,13 @@ def _code_folder():
     return Path(numba.core.caching.CompileResultCacheImpl(_can_keep_code).locator.get_cache_path())
 
 
+def kept_code_folder():
+    """Where the compiled code of these sources is kept; None where nothing can be."""
+    if not CAN_KEEP_CODE:
+        return None
+    return _code_folder() if numba.config.CACHE_DIR else _code_folder() / _SOURCES
+
+
 def sources_digest(folder):
     """A name for the sources in a folder as they are."""
     hasher = hashlib.sha256()
@@ -54,8 +61,8 @@ _SOURCES = sources_digest(Path(__file__).parent)
 def kept(decorate, function):
     """What numba's `decorate` makes of a function, its code kept for these sources and no others."""
     before = numba.config.CACHE_DIR
-    if CAN_KEEP_CODE and not before:
-        numba.config.CACHE_DIR = str(_code_folder() / _SOURCES)
+    if (folder := kept_code_folder()) is not None and not before:
+        numba.config.CACHE_DIR = str(folder)
     try:
         return decorate(function)
     finally:

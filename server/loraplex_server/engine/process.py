@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from loraplex_kernels.dispatch import has_gpu_forms
-from loraplex_kernels.warm_up import warm_up
+from loraplex_kernels.warm_up import compiling_notice, warm_up
 from loraplex_models.adapters.cut import cut_adapter
 from loraplex_models.adapters.finish import check_against_base
 from loraplex_models.adapters.manifest import ManifestError, check_adapter, module_shapes
@@ -246,6 +246,8 @@ def _load(config: ServeConfig, heartbeat: Heartbeat, rank: int) -> CausalLM:
 
 def _warm_up(engine: Engine, model: CausalLM) -> None:
     """Compile and lay out what the first request would otherwise wait for; a first compilation may take long."""
+    if (notice := compiling_notice(model.device)) is not None:
+        logger.info(notice)
     warm_up(model.dtype, model.device, has_experts=model.config.experts is not None)
     samplings = [SamplingParams(max_new_tokens=2)]
     if has_gpu_forms(model.device):
