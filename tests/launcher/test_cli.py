@@ -51,7 +51,7 @@ def test_an_unknown_flag_is_one_line_with_the_nearest_real_name(
 
 
 def test_the_model_may_stand_without_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    code, error = run(capsys, "serve", "/no/such/model")
+    code, error = run(capsys, "serve", "/no/such/model", "--port", "3985")
     assert code != 0 and "/no/such/model" in error
     code, error = run(capsys, "serve", "one", "--model-id", "other")
     assert code == 2 and "two models are given: one and --model-id other" in error
