@@ -11,6 +11,7 @@ from prometheus_client.exposition import generate_latest
 
 from loraplex_server.errors import GenerationFailed, IncompleteGeneration, LoraplexError, Overloaded
 from loraplex_server.messages import EngineReady, EngineStats
+from loraplex_server.metric_names import under_other_names
 from loraplex_server.vllm_metrics import escaped_label, render_vllm_metrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -157,7 +158,8 @@ class JobMetrics:
 class Metrics:
     """Every series of this process, and the latest of the engine's."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str = "") -> None:
+        self._model_label = f'model_name="{escaped_label(model_name)}"'
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library's, without a signature
         self._registry = CollectorRegistry()
         self._counters = _Counters()
@@ -274,8 +276,11 @@ class Metrics:
 
     def render(self) -> bytes:
         """All series in Prometheus' text format."""
-        routers = "" if self._limits is None else render_vllm_metrics(self._latest, self._limits, time.time())
-        return generate_latest(self._registry) + (self._counters.render() + routers).encode()
+        text = generate_latest(self._registry).decode() + self._counters.render()
+        text += under_other_names(text, self._model_label)
+        if self._limits is not None:
+            text += render_vllm_metrics(self._latest, self._limits, time.time(), self._model_label)
+        return text.encode()
 
     def _observe_steps(self, name: str, method: str, seconds: list[float]) -> None:
         if seconds:

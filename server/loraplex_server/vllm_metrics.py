@@ -16,14 +16,17 @@ def escaped_label(value: str) -> str:
     return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-def render_vllm_metrics(stats: EngineStats, limits: EngineReady, now: float) -> str:
-    """The lines of all series; `now` is unix time, the value that tells readers which info is the latest."""
+def render_vllm_metrics(stats: EngineStats, limits: EngineReady, now: float, model: str) -> str:
+    """The lines of all series; `now` is unix time, the value that tells readers which info is the latest.
+
+    `model` is the label with the model's name, by which vLLM's dashboards choose.
+    """
     used = stats.num_kv_blocks_used / max(limits.num_kv_blocks, 1)
     running, waiting = _joined(stats.running_adapters), _joined(stats.waiting_adapters)
     lines = [
-        *_gauge("vllm:num_requests_running", "sequences running", "", stats.num_running),
-        *_gauge("vllm:num_requests_waiting", "requests waiting", "", stats.num_waiting),
-        *_gauge("vllm:kv_cache_usage_perc", "share of the KV blocks in use, 0 to 1", "", used),
+        *_gauge("vllm:num_requests_running", "sequences running", model, stats.num_running),
+        *_gauge("vllm:num_requests_waiting", "requests waiting", model, stats.num_waiting),
+        *_gauge("vllm:kv_cache_usage_perc", "share of the KV blocks in use, 0 to 1", model, used),
         *_gauge(
             "vllm:cache_config_info",
             "the KV cache",

@@ -129,7 +129,7 @@ class _ApiProcess:
         self._listener = listener
         self._port = int(listener.getsockname()[1])
         self._exit_code = ExitCode.DRAINED
-        self._metrics = Metrics()
+        self._metrics = Metrics(config.api.model_id)
         self._link = ApiLink(config.link_address)
         self._client = EngineClient(
             self._link, self._metrics.observe_stats, lambda status: self._adapters.observe(status)

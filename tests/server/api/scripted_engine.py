@@ -294,7 +294,7 @@ async def api_server(
         ),
         adapter_sources=sources or AdapterSourceConfig(),
     )
-    metrics = Metrics()
+    metrics = Metrics(config.api.model_id)
     client = EngineClient(engine, metrics.observe_stats, lambda status: finder.observe(status))
     finder = build_finder(config, client.tell)
     state = ApiState(config, finder, metrics)

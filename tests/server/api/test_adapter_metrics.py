@@ -70,7 +70,7 @@ def test_routers_read_one_info_series_with_running_and_waiting_adapters_apart():
     labels, _, value = info.rpartition(" ")
     assert labels == ('vllm:lora_requests_info{max_lora="4",running_lora_adapters="a,b",waiting_lora_adapters="c\\""}')
     assert float(value) > 1.7e9
-    assert "vllm:kv_cache_usage_perc 0.25" in lines
+    assert 'vllm:kv_cache_usage_perc{model_name="tiny-base"} 0.25' in lines
     assert 'vllm:cache_config_info{block_size="16",num_gpu_blocks="40"} 1' in lines
     loaded = [line for line in lines if line.startswith("vllm:lora_adapter_loaded{")]
     assert loaded == [f'vllm:lora_adapter_loaded{{adapter_name="{name}",level="gpu"}} 1' for name in ("a", "b", "idle")]

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from scripted_engine import ScriptedEngine, TestServer, with_server
 
 from loraplex_server.messages import EngineStats, StepOutput
@@ -16,7 +17,7 @@ def series(text: str) -> dict[str, float]:
     for line in text.splitlines():
         if line.startswith("#"):
             continue
-        matched = re.fullmatch(r"([a-z_:]+(?:\{[^{}]*\})?) ([0-9.e+-]+|[+-]Inf|NaN)", line)
+        matched = re.fullmatch(r"([a-z0-9_:]+(?:\{[^{}]*\})?) ([0-9.e+-]+|[+-]Inf|NaN)", line)
         assert matched, line
         samples[matched[1]] = float(matched[2])
     return samples
@@ -196,8 +197,37 @@ def test_the_engines_gauges_are_its_latest_and_its_counts_add_up() -> None:
 def test_counters_are_typed_and_have_no_total_suffix() -> None:
     text = Metrics().render().decode()
     assert "# TYPE tgi_request_count counter\n" in text
-    assert "_total" not in text.replace("max_total_tokens", "")
+    own = [line for line in text.replace("max_total_tokens", "").splitlines() if "vllm:" not in line]
+    assert not any("_total" in line for line in own)
     assert "_created" not in text
+
+
+def test_dashboards_of_lorax_and_vllm_find_their_series() -> None:
+    async def test(server: TestServer) -> None:
+        await server.generate("hi")
+        server.engine.say(StepOutput(outputs=[], stats=EngineStats(num_prompt_tokens=5, num_preemptions=2)))
+        await server.generate("")  # lets the message through
+        text = (await server.http.get("/metrics")).text
+        families = [family.name for family in text_string_to_metric_families(text)]
+        assert len(families) == len(set(families))
+        samples = series(text)
+        model = 'model_name="tiny-base"'
+        for ours, theirs in (
+            ("tgi_request_count", "lorax_request_count"),
+            ('tgi_request_duration_bucket{le="+Inf"}', 'lorax_request_duration_bucket{le="+Inf"}'),
+            ("tgi_request_skipped_tokens_sum", "lorax_request_skipped_tokens_sum"),
+            ("tgi_queue_size", "lorax_queue_length"),
+            ("tgi_request_duration_sum", f"vllm:e2e_request_latency_seconds_sum{{{model}}}"),
+            ('tgi_request_input_length_bucket{le="+Inf"}', f'vllm:request_prompt_tokens_bucket{{{model},le="+Inf"}}'),
+            ("loraplex_prompt_tokens", f"vllm:prompt_tokens_total{{{model}}}"),
+            ("loraplex_preemptions", f"vllm:num_preemptions_total{{{model}}}"),
+            ("loraplex_waiting", f"vllm:num_requests_waiting{{{model}}}"),
+        ):
+            assert samples[theirs] == samples[ours], theirs
+        assert samples[f"vllm:prompt_tokens_total{{{model}}}"] >= 5 and samples["lorax_request_count"] == 2
+        assert "# TYPE vllm:e2e_request_latency_seconds histogram\n" in text
+
+    with_server(test)
 
 
 def test_adapter_labels_are_bounded() -> None:
