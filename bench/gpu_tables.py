@@ -352,6 +352,10 @@ def main(description: str) -> int:
             bench.section(f"decode, rank {rank}", 50, lambda rank=rank: lora_decode(bench, rank, bench.batches[1:4]))
         bench.model = None
         bench.weights.clear()
+        # Late: these kernels serve nobody, and an illegal access would end all parts that follow.
+        bench.section(
+            "prefill, our own kernels", 15, lambda: prefill_forms(bench.device, bench.dtype, small=small, own=True)
+        )
         if options.vllm:
             from gpu_vllm import measure_vllm  # only where it is asked for: vLLM is no part of our environment
 

@@ -5,6 +5,7 @@ A stand-in takes the driver's place; operations are called with tensors of the C
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from loraplex_kernels.sampling_inputs import Bans, Biases, Cuts, Draws, Masks, P
 
 MAX_SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 CPU = torch.device("cpu")
+BENCH = Path(__file__).parents[3] / "bench"
 
 
 class AbsentGpu:
@@ -118,6 +120,18 @@ def call_all(dtype: torch.dtype) -> None:
     moe.sum_rows(numbers(512, 4096), routed, delta)
 
 
+def call_forms(dtype: torch.dtype) -> None:
+    """What bench/gpu.py measures beside the engine's form of a prompt's linear."""
+    sys.path.append(str(BENCH))
+    import gpu_fused  # bench/ is no package
+
+    pages = RankPages(torch.empty(64, dtype=dtype), [(4096, (4096, 1024, 1024))], num_slots=8, max_rank=16).linear(0)
+    x, weight, out = (torch.empty(shape, dtype=dtype) for shape in ((200, 4096), (6144, 4096), (200, 6144)))
+    h = torch.empty(4, 200, 3, 16)
+    gpu_fused.product_and_delta(x, weight, h, pages, make_tiles([0, 200], [0], 128, CPU))
+    gpu_fused.activate_and_add(out, h, pages, make_tiles([0, 200], [0], 64, CPU))
+
+
 def sample(logits: torch.Tensor) -> None:
     """What the sampler calls for rows that ask for everything."""
     num_rows, vocab_size = logits.shape
@@ -147,3 +161,4 @@ if __name__ == "__main__":
     triton.runtime.driver.set_active(AbsentGpu(int(sys.argv[1])))
     JITFunction.__getitem__ = compile_instead
     call_all(torch.bfloat16)
+    call_forms(torch.bfloat16)

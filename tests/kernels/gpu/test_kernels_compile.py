@@ -15,4 +15,4 @@ def test_every_kernel_compiles_and_fits_into_shared_memory(tmp_path: Path) -> No
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run([sys.executable, SCRIPT, H100], env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len({line.split()[0] for line in done.stdout.splitlines()}) == 29
+    assert len({line.split()[0] for line in done.stdout.splitlines()}) == 31

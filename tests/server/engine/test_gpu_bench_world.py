@@ -40,9 +40,10 @@ def test_the_checks_of_the_kernels_run_and_pass() -> None:
 
 
 @needs_interpreter
-def test_all_forms_of_a_prompts_linear_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_all_forms_of_a_prompts_linear_give_the_same(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "INTERPRETS", True)
-    rows = prefill_forms(torch.device("cpu"), torch.float32, small=True)
+    rows = prefill_forms(torch.device("cpu"), torch.float32, small=True, own=own)
     assert [row["adapters"] for row in rows] == [1, 3] and all(row["ok"] for row in rows)
 
 
