@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
+from loraplex_kernels.flashinfer_prompts import PromptAttention
 from loraplex_kernels.kv_cache import HeadNorms
 from loraplex_kernels.lora_pages import RowDelta
 from loraplex_models.checkpoint import Checkpoint, CheckpointError
@@ -142,6 +144,7 @@ class CausalLM:
     layer_class: type[DecoderLayer] = DecoderLayer
     turns_shares = False  # whether the config's partial_rotary_factor leaves a share of each head unturned
     plain_format: WeightFormat | None = None  # how linears are stored that are not quantised; None: as [out, in]
+    prompt_attention: PromptAttention | None = None  # on a GPU, where prompts attend by FlashInfer
 
     def __init__(self, config: ModelConfig, keeping: Keeping, group: ParallelGroup) -> None:
         """Lay out this rank's part of the model, of which `config` is the config, without weights.
@@ -323,10 +326,11 @@ class CausalLM:
         """One plan a layer: the same for all, or one for the layers with the window and one for the others."""
         config = self.config
         groups_decodes = config.attention_cap is not None  # capped scores have no form straight from the blocks
-        near = plan_attention(batch, kv_cache, config.sliding_window, groups_decodes=groups_decodes)
+        plan = partial(plan_attention, groups_decodes=groups_decodes, prompts=self.prompt_attention)
+        near = plan(batch, kv_cache, config.sliding_window)
         if config.windowed_layers is None:
             return [near] * config.num_layers
-        far = plan_attention(batch, kv_cache, None, groups_decodes=groups_decodes)
+        far = plan(batch, kv_cache, None)
         return [near if index in config.windowed_layers else far for index in range(config.num_layers)]
 
     def _turn_layers(self, positions: Tensor) -> list[tuple[Tensor, Tensor]]:

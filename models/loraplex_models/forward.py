@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from loraplex_kernels.flashinfer_prompts import HostChunks
 from loraplex_kernels.lora import LoraSegments, LoraTable
 from loraplex_kernels.lora_pages import LinearPages, RowTiles
 from loraplex_models.layers.expert_lora import ExpertDeltas
@@ -26,6 +27,7 @@ class AttentionBatch:
     num_decodes: int
     max_query_len: int
     max_seq_len: int
+    chunks: HostChunks | None = None  # on a GPU, where there are some: what the host knows of the chunks
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,11 @@ class EngineConfig:
     check_kernels: bool = setting(
         True, "GPU: compare each kernel with plain torch when a kind of GPU is met for the first time"
     )
+    attention_backend: str = setting(
+        "triton",
+        "GPU: whose kernels let prompts attend; flashinfer is an optional package (pip install 'loraplex[flashinfer]')",
+        choices=("triton", "flashinfer"),
+    )
     cuda_memory_fraction: float = setting(1.0, "GPU: share of its memory that may be taken")
     num_threads: int = setting(0, "CPU threads of the engine; 0 means min(cores, 4), or OMP_NUM_THREADS", minimum=0)
     enable_prefill_logprobs: bool = setting(False, "allow log-probabilities of the prompt's tokens")

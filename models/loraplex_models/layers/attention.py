@@ -17,6 +17,7 @@ from loraplex_kernels.attention import (
     split_counters,
 )
 from loraplex_kernels.dispatch import has_gpu_forms
+from loraplex_kernels.flashinfer_prompts import PromptAttention
 from loraplex_kernels.kv_cache import HeadNorms, rotate_and_store
 from loraplex_kernels.lora_pages import RowDelta
 from loraplex_models.forward import AttentionBatch
@@ -108,14 +109,23 @@ class _Sequence:
 
 
 def plan_attention(
-    batch: AttentionBatch, cache: KVCache, window: int | None, *, groups_decodes: bool = False
+    batch: AttentionBatch,
+    cache: KVCache,
+    window: int | None,
+    *,
+    groups_decodes: bool = False,
+    prompts: PromptAttention | None = None,
 ) -> AttentionPlan:
     """Group the step's sequences over a cache. With `window` a query sees that many keys, its own included.
 
-    `groups_decodes`: decodes are computed in groups like chunks, never straight from their blocks.
+    `groups_decodes`: decodes are computed in groups like chunks, never straight from their blocks. `prompts`: on a GPU
+    lets chunks attend in place of our kernel.
     """
     if has_gpu_forms(batch.seq_lens.device):
-        blocks = BlockPlan(batch, cache.block_size, window or NO_WINDOW, cache.split_counters)
+        planned = None
+        if prompts is not None and batch.chunks is not None:
+            planned = prompts.plan(batch.chunks, cache.block_size, window)
+        blocks = BlockPlan(batch, cache.block_size, window or NO_WINDOW, cache.split_counters, planned)
         return AttentionPlan(None, (), batch.slot_mapping, blocks)
     lengths = batch.seq_lens.tolist()
     if window is not None and window >= batch.max_seq_len:

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraplex_kernels.flashinfer_prompts import HostChunks
 from loraplex_kernels.lora import LoraSegments
 from loraplex_kernels.lora_pages import DECODE_TILE_ROWS, PREFILL_TILE_ROWS, LinearPages, RowTiles, cut_tiles
 from loraplex_models.adapters.paged_slots import PagedAdapterSlots
@@ -59,6 +60,7 @@ class DeviceBatchBuilder(BatchBuilder):
                 num_decodes=plan.num_decodes,
                 max_query_len=arrays.max_query_len,
                 max_seq_len=arrays.max_seq_len,
+                chunks=_host_chunks(arrays, plan.num_decodes),
             ),
             lora=self._paged_slots.route_tiles(*arrays.segments, row_tiles),
         )
@@ -147,6 +149,12 @@ class FixedDecodes:
         self._inputs.send()
         if chosen is not None:
             put_chosen_tokens(self.batch.token_ids, self._token_rows, last_token_ids)
+
+
+def _host_chunks(arrays: StepArrays, num_decodes: int) -> HostChunks | None:
+    if num_decodes == len(arrays.seq_lens):
+        return None
+    return HostChunks(arrays.query_start[num_decodes:], arrays.seq_lens[num_decodes:], arrays.block_table[num_decodes:])
 
 
 def _row_slots(arrays: StepArrays) -> NDArray[np.int32]:

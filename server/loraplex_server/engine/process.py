@@ -36,6 +36,7 @@ from loraplex_server.engine.heartbeat import Heartbeat
 from loraplex_server.engine.kernel_proof import prove_kernels
 from loraplex_server.engine.memory import Limits, NotEnoughMemory, settle_adapter_room, settle_group_limits
 from loraplex_server.engine.profile import free_kv_bytes
+from loraplex_server.engine.prompt_attention import open_prompt_attention
 from loraplex_server.engine.shards import GroupExecutor, follow
 from loraplex_server.engine.worker import Worker
 from loraplex_server.garbage import keep_what_is_loaded
@@ -156,7 +157,8 @@ def load_base_model(
     if device.type == "cuda" and config.check_kernels:
         stored, on_the_fly = settle_quantization(config.quantize, shape.quantization)
         prove_kernels(RankPart(shape, group.rank, group.size).config, stored or on_the_fly, dtype, device)
-    return load_model(
+    prompt_attention = open_prompt_attention(config, RankPart(shape, group.rank, group.size).config, dtype, device)
+    model = load_model(
         config.model_path,
         dtype=dtype,
         device=device,
@@ -167,6 +169,8 @@ def load_base_model(
         by_transformers=config.modeling == "transformers",
         progress=progress,
     )
+    model.prompt_attention = prompt_attention
+    return model
 
 
 def run(config: ServeConfig, control: ControlLine, rank: int = 0) -> int:

@@ -11,12 +11,15 @@ import torch
 from cuda_clocks import HostWaits, NotInCapture, Race
 from cuda_stand_in import CudaStandIn
 from engines import EngineBench
+from flashinfer_stand_in import FlashInferStandIn
 from tiny_models import make_peft_adapter, make_tiny_llama
 from triton_interpreter import needs_interpreter
 from truth import Answer
 
 from loraplex_kernels import streams
+from loraplex_kernels.flashinfer_prompts import AttentionSizes, PromptAttention
 from loraplex_kernels.lora_pages import RankPages
+from loraplex_models.decoder import CausalLM
 from loraplex_server.engine import graphs, staging
 
 pytestmark = needs_interpreter
@@ -98,6 +101,38 @@ def test_tables_that_are_bound_anew_are_not_what_a_captured_graph_reads(
     one = [request for request in REQUESTS if request[0] == "one"]
     ours = answers(EngineBench(*world, device="cuda", **ONE_ROW), one)
     assert ours["one"].logprobs != pytest.approx(truth["one"].logprobs, abs=1e-3)
+
+
+def attends_by_flashinfer(monkeypatch: pytest.MonkeyPatch) -> FlashInferStandIn:
+    library = FlashInferStandIn(monkeypatch)
+    sizes = AttentionSizes(num_heads=2, num_kv_heads=1, head_dim=16, scale=0.25, cap=None, dtype=torch.float32)
+    monkeypatch.setattr(CausalLM, "prompt_attention", PromptAttention(sizes, torch.device("cuda")))
+    return library
+
+
+def test_prompts_attend_by_flashinfer_and_no_step_waits_for_its_plan(
+    world: World, truth: dict[str, Answer], cuda: CudaStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = attends_by_flashinfer(monkeypatch)
+    bench = EngineBench(*world, device="cuda", **SETTINGS)
+    torch.cuda.set_sync_debug_mode("error")
+    ours = answers(bench, REQUESTS[:2])
+    cuda.finish()
+    assert [wrapper.num_runs for wrapper in library.wrappers] == [3]  # chunks of 8, of 5 beside 3, of the 3's next
+    for name, answer in ours.items():
+        assert answer.token_ids == truth[name].token_ids, name
+        assert answer.logprobs == pytest.approx(truth[name].logprobs, abs=1e-3), name
+
+
+def test_a_plan_that_does_not_wait_for_the_copies_of_the_last_is_noticed(
+    world: World, cuda: CudaStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = attends_by_flashinfer(monkeypatch)
+    wrapper = library.BatchPrefillWithPagedKVCacheWrapper(torch.empty(1, device="cuda"))
+    monkeypatch.setattr(PromptAttention, "_wrapper", lambda self, window: (wrapper, None))
+    with pytest.raises(Race, match="pinned memory was written before"):
+        answers(EngineBench(*world, device="cuda", **ONE_ROW), REQUESTS[:1])
+        cuda.finish()
 
 
 @contextmanager
