@@ -84,6 +84,16 @@ const rows = {
     const text = await textOf(stream, (event) => (event.type === "response.output_text.delta" ? event.delta : ""));
     check(text.startsWith("Yo ho ho!"), text);
   },
+  "openai responses stream a call": async () => {
+    const { type, function: described } = weather;
+    const stream = client.responses.stream({
+      model: "tgi", input: question, max_output_tokens: 60, temperature: 0, tools: [{ type, ...described }],
+      tool_choice: "required", parallel_tool_calls: false,
+    });
+    const text = await textOf(stream, (event) => (event.type === "response.function_call_arguments.delta" ? event.delta : ""));
+    const [call] = (await stream.finalResponse()).output;
+    check(call.name === "get_weather" && call.arguments === text && "city" in JSON.parse(text), text);
+  },
   "openai errors show their text": async () => {
     try {
       await client.chat.completions.create({ ...chat, model: "pirat" });

@@ -1,9 +1,10 @@
 """Rows of langchain-huggingface and langchain-openai."""
 
+from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_huggingface import ChatHuggingFace, HuggingFaceEndpoint
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel, Field
-from rows import PIRATE, PROMPT, QUESTION, main, row
+from rows import PIRATE, PROMPT, QUESTION, WEATHER, is_weather_call, main, row
 
 
 class City(BaseModel):
@@ -30,6 +31,18 @@ def openai_chat_stream(url: str) -> None:
 def openai_chat_structured_output(url: str) -> None:
     model = ChatOpenAI(base_url=f"{url}/v1", api_key="none", model="tgi", max_tokens=60, temperature=0)
     assert isinstance(model.with_structured_output(City).invoke(QUESTION), City)
+
+
+@row
+def openai_responses_with_a_tool(url: str) -> None:
+    model = ChatOpenAI(
+        base_url=f"{url}/v1", api_key="none", model="tgi", max_tokens=60, temperature=0, use_responses_api=True
+    )
+    first = model.bind_tools([WEATHER], tool_choice="required", parallel_tool_calls=False).invoke(QUESTION)
+    (call,) = first.tool_calls
+    is_weather_call(call["name"], call["args"])
+    gave = ToolMessage("sunny", tool_call_id=call["id"])
+    assert model.invoke([HumanMessage(QUESTION), first, gave]).text
 
 
 @row

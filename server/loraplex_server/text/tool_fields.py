@@ -11,42 +11,66 @@ MAX_NAME_LENGTH = 128
 
 
 def read_tool_use(tools: Sequence[Any] | None, choice: Any, is_parallel: bool | None) -> ToolUse | None:
-    """What a request wants of its tools; None when no tool may be called. Raises ToolFailed."""
-    kind, name = _read_choice(choice)
+    """What a request wants of its tools; None when no tool may be called. Raises ToolFailed.
+
+    Of tools that are listed and not allowed the model is shown nothing, so that it has none to call but the others.
+    """
+    kind, names = _read_choice(choice)
     if kind == "none":
         return None
     if not tools:
-        if kind in ("required", "named"):
+        if kind != "auto" or names is not None:
             raise ToolFailed("`tool_choice` asks for a call, but there are no `tools`")
         return None
     known = read_tools(tools)
-    names = tuple(tool.name for tool in known)
-    if name is not None:
-        if name not in names:
+    for name in names or ():
+        if name not in [tool.name for tool in known]:
             raise ToolFailed(f"Tool with name {name[:MAX_NAME_LENGTH]} not found")
-        return ToolUse(tools=known, choice="named", is_parallel=False, callable_names=(name,))
+    if kind == "named":
+        return ToolUse(tools=known, choice="named", is_parallel=False, callable_names=names or ())
+    allowed = known if names is None else tuple(tool for tool in known if tool.name in names)
     return ToolUse(
-        tools=known,
+        tools=allowed,
         choice="required" if kind == "required" else "auto",
         is_parallel=is_parallel is not False,
-        callable_names=names,
+        callable_names=tuple(tool.name for tool in allowed),
     )
 
 
-def _read_choice(choice: Any) -> tuple[str, str | None]:
-    """auto, none, required or named, and the name."""
+def _read_choice(choice: Any) -> tuple[str, tuple[str, ...] | None]:
+    """auto, none, required or named; and the names that it allows, where it names some."""
     if choice is None:
         return "auto", None
     if isinstance(choice, str) and choice in ("auto", "none", "required"):
         return str(choice), None
     if isinstance(choice, str) and choice:
-        return "named", choice  # TGI's short form
+        return "named", (choice,)  # TGI's short form
     if isinstance(choice, dict) and choice.get("type", "function") == "function":
-        function = choice.get("function")
-        name = function.get("name") if isinstance(function, dict) else choice.get("name")
-        if isinstance(name, str) and name:
-            return "named", name
+        name = _name_in(choice)
+        if name is not None:
+            return "named", (name,)
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        return _read_allowed(choice)
     raise ToolFailed("`tool_choice` must be auto, none, required or a function: {type: function, function: {name}}")
+
+
+def _read_allowed(choice: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """OpenAI's list of allowed tools: as chat has it, in an object of its own, or as responses have it."""
+    inner = choice.get("allowed_tools", choice)
+    mode, tools = (inner.get("mode"), inner.get("tools")) if isinstance(inner, dict) else (None, None)
+    names = [_name_in(tool) for tool in tools] if isinstance(tools, list) else []
+    if mode not in ("auto", "required") or not names or None in names:
+        raise ToolFailed(
+            "`tool_choice` of type allowed_tools must have `mode`, auto or required, and functions as `tools`"
+        )
+    return str(mode), tuple(str(name) for name in names)
+
+
+def _name_in(given: Any) -> str | None:
+    """The name of a function, which chat nests and responses do not."""
+    function = given.get("function", given) if isinstance(given, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) and name else None
 
 
 def read_tools(tools: Sequence[Any]) -> tuple[Tool, ...]:

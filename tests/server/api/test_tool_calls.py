@@ -74,6 +74,21 @@ def test_none_leaves_the_tools_out_and_calls_are_text() -> None:
 
 
 @pytest.mark.parametrize(
+    "choice",
+    [
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [WEATHER]}},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "weather"}]},
+    ],
+)
+def test_tools_that_are_not_allowed_are_not_shown(choice: Any) -> None:
+    _, answer, prompt, grammars = ask({"tools": TOOLS, "tool_choice": choice}, HERMES(CALL))
+    assert prompt.startswith('T:{"name": "weather"') and '"add"' not in prompt
+    assert calls_of(answer) == [("weather", {"city": "Paris"})]
+    assert answer["choices"][0]["finish_reason"] == "tool_calls"
+    assert (grammars[0] is not None) == ("mode" in choice)
+
+
+@pytest.mark.parametrize(
     ("choice", "names", "reason"),
     [
         ("required", ("weather", "add"), "tool_calls"),
@@ -225,7 +240,15 @@ def test_a_call_that_is_cut_says_so() -> None:
         ({"tools": [WEATHER] * 129}, "`tools` must have at most 128 entries. Given: 129"),
         ({"tools": TOOLS, "tool_choice": "nobody"}, "Tool with name nobody not found"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "name x not found"),
-        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "`tool_choice` must be auto, none, required"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}},
+            "must have `mode`, auto or required, and functions",
+        ),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "x"}]}},
+            "name x not found",
+        ),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [WEATHER]}}, "there are no `tools`"),
         ({"tools": TOOLS, "tool_choice": 5}, "`tool_choice` must be"),
         ({"tool_choice": "required"}, "there are no `tools`"),
         ({"tools": [], "tool_choice": "weather"}, "there are no `tools`"),

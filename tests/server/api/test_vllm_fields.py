@@ -162,6 +162,8 @@ def test_sglangs_name_of_the_adapter_works_and_must_not_contradict() -> None:
         ({"use_beam_search": True}, "use_beam_search"),
         ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
         ({"cache_salt": "mine"}, "cache_salt"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"web_search_options": {"search_context_size": "low"}}, "web_search_options"),
         ({"thinking_token_budget": 5}, "thinking_token_budget"),
         ({"logprob_token_ids": [1]}, "logprob_token_ids"),
     ],

@@ -21,6 +21,8 @@ _NOT_SERVED = {
     "repetition_detection": "use `repetition_penalty` or `frequency_penalty`",
     "prompt_embeds": "send text or token ids",
     "cache_salt": "the prefix cache is shared; start the server with --no-prefix-caching to have none",
+    "functions": "use `tools`",
+    "web_search_options": "this server searches nothing; use `tools`",
     "kv_transfer_params": "the KV cache stays where it is",
 }
 
@@ -47,6 +49,8 @@ class VllmFields(BaseModel):
     repetition_detection: Any = Field(None, description="not supported; see repetition_penalty")
     prompt_embeds: Any = Field(None, description="not supported")
     cache_salt: Any = Field(None, description="not supported")
+    functions: Any = Field(None, description="OpenAI's older tools, not supported; see tools")
+    web_search_options: Any = Field(None, description="not supported")
     kv_transfer_params: Any = Field(None, description="not supported")
 
     def check_vllm_fields(self, *, is_stream: bool, max_logprobs: int) -> None:
