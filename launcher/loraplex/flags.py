@@ -215,6 +215,9 @@ def settings_from(context: click.Context) -> Settings:
     values |= hub_environment(values["huggingface_hub_cache"])
     for name, foreign_variable in FOREIGN_SWITCHES.items():
         values[name] = values[name] or _is_on(foreign_variable)
+    if not values["api_key"] and (key := _first_set("VLLM_API_KEY")):
+        # Left unread it would leave a server open that its operator believes to be closed.
+        values["api_key"] = (key,)
     if values["adapter_state"] and values["adapter_cache"]:
         raise click.UsageError("--adapter-state holds the files too: leave --adapter-cache out")
     values["adapter_cache"] = (

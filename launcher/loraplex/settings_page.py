@@ -28,6 +28,7 @@ VARIABLES = (
     ("`PREDIBASE_MODEL_BUCKET`, `PREDIBASE_MODEL_FOLDER`", "where names of the source s3 without a bucket lie"),
     ("`PREDIBASE_GATEWAY_ENDPOINT`", "address of the source pbase"),
     ("`VLLM_ALLOW_RUNTIME_LORA_UPDATING`", "1: the same as `--allow-runtime-adapters`"),
+    ("`VLLM_API_KEY`", "the same as `--api-key`, where that is not given"),
     ("`LORAX_USE_GLOBAL_HF_TOKEN`", "1: the same as `--share-hub-token`"),
     ("`OMP_*`, `GOMP_*`", "OpenMP settings of the engine; what is set stays"),
     ("`XDG_CACHE_HOME`", "where the demo keeps its model, and adapters lie without `--adapter-cache` (`~/.cache`)"),

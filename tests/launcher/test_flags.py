@@ -83,7 +83,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for parameter in command.params:
         if isinstance(parameter.envvar, str):
             monkeypatch.delenv(parameter.envvar, raising=False)
-    for name in ("HF_TOKEN", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+    for name in ("HF_TOKEN", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "VLLM_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -229,6 +229,12 @@ def test_more_names_of_vllm_mean_our_settings() -> None:
     assert not settings.serve.engine.prefix_caching and settings.serve.api.chat_template == "/t.jinja"
     assert settings_of("--no-prefix-caching", "--enable-prefix-caching").serve.engine.prefix_caching
     assert settings.warnings == ()
+
+
+def test_vllms_variable_of_the_key_closes_the_server_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert settings_of("--model-id", "m").serve.api.api_key == ("secret",)
+    assert settings_of("--model-id", "m", "--api-key", "other").serve.api.api_key == ("other",)
 
 
 def test_flags_without_effect_that_are_not_tgis_are_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
