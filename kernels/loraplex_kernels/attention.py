@@ -6,6 +6,8 @@ from torch import Tensor
 from loraplex_kernels.cpu import attention as _cpu
 from loraplex_kernels.cpu import decode as _cpu_decode
 from loraplex_kernels.dispatch import has_gpu_forms, on_gpu
+from loraplex_kernels.kv_cache import HeadNorms, rotate_and_store
+from loraplex_kernels.lora_pages import RowDelta
 from loraplex_kernels.reference import attention as _reference
 
 
@@ -91,6 +93,33 @@ def decode_attention(
     return _reference.decode_attention(
         queries, cache, block_table, seq_lens, block_size, num_kv_heads, scale, window, cap
     )
+
+
+def turn_and_decode(
+    qkv: Tensor, cos: Tensor, signed_sin: Tensor, cache: Tensor, slot_mapping: Tensor, block_table: Tensor,
+    seq_lens: Tensor, *, num_heads: int, head_dim: int, block_size: int, num_kv_heads: int, scale: float, window: int,
+    cap: float | None = None, delta: RowDelta | None = None, norms: HeadNorms | None = None,
+    counters: Tensor | None = None, are_neighbours: bool = False,
+) -> Tensor:  # fmt: skip
+    """`rotate_and_store`, then `decode_attention`; on a GPU in one launch, which leaves `qkv` as it is.
+
+    A row of `qkv` is a sequence's newest token, of which `seq_lens` counts the key. Norms are those of single heads.
+    Rows of no keys store nothing there. Returns [P, num_heads * head_dim].
+    """
+    if on_gpu(cache):
+        from loraplex_kernels.gpu import attention as _gpu  # Triton exists on GPU machines only
+
+        return _gpu.turn_and_decode(
+            qkv, cos, signed_sin, cache, slot_mapping, block_table, seq_lens, num_heads, head_dim, block_size,
+            num_kv_heads, scale, window, cap, delta, norms, counters, are_neighbours=are_neighbours,
+        )  # fmt: skip
+    rotate_and_store(
+        qkv, cos, signed_sin, cache, slot_mapping, num_heads, head_dim, delta, norms, are_neighbours=are_neighbours
+    )
+    return decode_attention(
+        qkv[:, : num_heads * head_dim], cache, block_table, seq_lens,
+        block_size=block_size, num_kv_heads=num_kv_heads, scale=scale, window=window, cap=cap,
+    )  # fmt: skip
 
 
 def chunk_attention(

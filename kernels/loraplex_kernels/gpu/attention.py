@@ -3,7 +3,8 @@
 The heads that share a key head are rows of one product, so a key is read once for all of them. Decoding is split over
 the keys of a sequence, and whichever of its programs is done last weights the parts together; a chunk of a prompt is
 cut into tiles of queries. Only the keys at the border of what a tile's rows see are masked. Everything that differs
-between steps (lengths, blocks) is read on the device: a captured graph stays valid.
+between steps (lengths, blocks) is read on the device: a captured graph stays valid. A decode may also turn its own
+queries and newest key, and store what `rotate_and_store` would: then that launch is saved.
 
 Scores are powers of two: the scale holds log2(e).
 """
@@ -11,11 +12,19 @@ Scores are powers of two: the scale holds log2(e).
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from loraplex_kernels.gpu.delta import delta_arguments
+from loraplex_kernels.gpu.turned_heads import rank_of_part, turned_heads
+
+if TYPE_CHECKING:
+    from loraplex_kernels.kv_cache import HeadNorms
+    from loraplex_kernels.lora_pages import RowDelta
 
 NO_WINDOW = 1 << 30
 LOG2_E = math.log2(math.e)
@@ -30,7 +39,7 @@ H100_SHARED_BYTES = 227 * 1024
 NUM_STAGES = 3
 # What differs from step to step must not decide which code a step runs: each variant is compiled when it is first met.
 CHANGING = ("table_stride", "window")
-TABLES = ("block_table", "query_start", "seq_lens", "counters")
+TABLES = ("block_table", "query_start", "seq_lens", "counters", "row_slots", "ranks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +112,22 @@ def _attend(
 def _decode(
     queries, query_stride, cache, cell_size, block_table, table_stride, seq_lens, scale, cap, window,
     out, out_stride, parts, part_highest, part_total, counters, num_kv_heads,
+    delta, row_slots, ranks, rank_stride, cos, signed_sin, cells, query_weight, key_weight, eps,
     SHARED: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, HAS_CAP: tl.constexpr,
-    JOINED_ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    JOINED_ROWS: tl.constexpr, AT_ONCE: tl.constexpr, TURNED: tl.constexpr, HAS_DELTA: tl.constexpr,
+    PARTS: tl.constexpr, HAS_NORMS: tl.constexpr, ARE_NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
+    """With TURNED `queries` is all of qkv as the linear made it, and each sequence's newest key is not in the cache."""
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     num_keys = tl.load(seq_lens + sequence)
     first = tl.maximum(num_keys - window, 0)
     span = tl.maximum(tl.cdiv(tl.cdiv(num_keys - first, SPLITS), KEYS), 1) * KEYS
-    num_parts = tl.maximum(tl.cdiv(num_keys - first, span), 1)
+    num_parts = 1
+    if SPLITS > 1:
+        num_parts = tl.maximum(tl.cdiv(num_keys - first, span), 1)
     if split >= num_parts:
         return
     start = first + split * span
@@ -125,12 +139,46 @@ def _decode(
     head = kv_head * SHARED + row
     is_cell = is_row[:, None] & is_dim[None, :]
     place = head[:, None] * HEAD_DIM + d[None, :]
-    q = tl.load(queries + sequence * query_stride + place, mask=is_cell, other=0.0)
+    row_start = queries + sequence * query_stride
     blocks = block_table + sequence * table_stride
     key_column, value_column = kv_head * HEAD_DIM, (num_kv_heads + kv_head) * HEAD_DIM
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     gathered = tl.zeros((ROWS, DIMS), tl.float32)
+    if TURNED > 0:
+        deltas = delta + sequence * query_stride
+        angles, sines = cos + sequence * TURNED, signed_sin + sequence * TURNED
+        rank = rank_of_part(row_slots, ranks, rank_stride, sequence, 0, HAS_DELTA, PARTS)
+        q = turned_heads(
+            row_start, kv_head * SHARED + tl.minimum(row, SHARED - 1), deltas, rank, angles, sines, query_weight, eps,
+            HEAD_DIM, DIMS, TURNED, HAS_DELTA, HAS_NORMS, ARE_NEIGHBOURS,
+        ).to(cache.dtype.element_ty)  # fmt: skip
+        if (split == num_parts - 1) & (num_keys > 0):
+            # The newest key and value: stored for later steps, and taken in from here.
+            end -= 1
+            num_heads = num_kv_heads * SHARED
+            rank = rank_of_part(row_slots, ranks, rank_stride, sequence, 1, HAS_DELTA, PARTS)
+            key = turned_heads(
+                row_start, num_heads + kv_head + tl.arange(0, 1), deltas, rank, angles, sines,
+                key_weight - num_heads * HEAD_DIM, eps,
+                HEAD_DIM, DIMS, TURNED, HAS_DELTA, HAS_NORMS, ARE_NEIGHBOURS,
+            ).to(cache.dtype.element_ty)  # fmt: skip
+            value_place = (num_heads + num_kv_heads + kv_head) * HEAD_DIM + d[None, :]
+            value = tl.load(row_start + value_place, mask=is_dim[None, :], other=0.0)
+            if HAS_DELTA:
+                if rank_of_part(row_slots, ranks, rank_stride, sequence, 2, HAS_DELTA, PARTS) > 0:
+                    added = tl.load(deltas + value_place, mask=is_dim[None, :], other=0.0).to(tl.float32)
+                    value = (value.to(tl.float32) + added).to(cache.dtype.element_ty)
+            own = cache + tl.load(cells + sequence) * cell_size + d[None, :]
+            tl.store(own + key_column, key, mask=is_dim[None, :])
+            tl.store(own + value_column, value, mask=is_dim[None, :])
+            highest = tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale
+            if HAS_CAP:
+                highest = cap * (2.0 * tl.sigmoid(highest) - 1.0)
+            total += 1.0
+            gathered += value.to(tl.float32)
+    else:
+        q = tl.load(row_start + place, mask=is_cell, other=0.0)
     highest, total, gathered = _attend(
         q, cache, blocks, start, end, row, row, key_column, value_column, cell_size, scale, cap,
         highest, total, gathered, True, False, BLOCK_SIZE, HEAD_DIM, DIMS, KEYS, HAS_CAP,
@@ -254,11 +302,44 @@ def decode_attention(
     block_size: int, num_kv_heads: int, scale: float, window: int, cap: float | None = None,
     counters: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    num_sequences, width = queries.shape
     if out is None:
-        out = queries.new_empty(num_sequences, width)
+        out = queries.new_empty(queries.shape)
+    idle = (queries, queries, queries, 0, queries, queries, queries, queries, queries, 0.0)
+    _decode_rows(
+        queries, cache, block_table, seq_lens, block_size, num_kv_heads, scale, window, cap, counters, out, idle,
+        TURNED=0, HAS_DELTA=False, PARTS=1, HAS_NORMS=False, ARE_NEIGHBOURS=False,
+    )  # fmt: skip
+    return out
+
+
+def turn_and_decode(
+    qkv: Tensor, cos: Tensor, signed_sin: Tensor, cache: Tensor, slot_mapping: Tensor, block_table: Tensor,
+    seq_lens: Tensor, num_heads: int, head_dim: int, block_size: int, num_kv_heads: int, scale: float, window: int,
+    cap: float | None = None, delta: "RowDelta | None" = None, norms: "HeadNorms | None" = None,
+    counters: Tensor | None = None, *, are_neighbours: bool = False,
+) -> Tensor:  # fmt: skip
+    out = qkv.new_empty(len(qkv), num_heads * head_dim)
+    turning = (
+        *delta_arguments(delta, qkv), cos, signed_sin, slot_mapping,
+        qkv if norms is None else norms.query_weight, qkv if norms is None else norms.key_weight,
+        0.0 if norms is None else norms.eps,
+    )  # fmt: skip
+    _decode_rows(
+        qkv, cache, block_table, seq_lens, block_size, num_kv_heads, scale, window, cap, counters, out, turning,
+        TURNED=cos.shape[1], HAS_DELTA=delta is not None, PARTS=1 if delta is None else delta.num_parts,
+        HAS_NORMS=norms is not None, ARE_NEIGHBOURS=are_neighbours,
+    )  # fmt: skip
+    return out
+
+
+def _decode_rows(
+    rows: Tensor, cache: Tensor, block_table: Tensor, seq_lens: Tensor, block_size: int, num_kv_heads: int,
+    scale: float, window: int, cap: float | None, counters: Tensor | None, out: Tensor,
+    turning: tuple[Tensor | int | float, ...], **kind: int | bool,
+) -> None:  # fmt: skip
+    num_sequences, width = out.shape
     if num_sequences == 0:
-        return out
+        return
     cell_size = cache.shape[1]
     head_dim = cell_size // (2 * num_kv_heads)
     num_heads = width // head_dim
@@ -267,22 +348,21 @@ def decode_attention(
     parts = highest = total = out
     if num_splits > 1:
         shape = (num_sequences * num_heads, num_splits)
-        parts = torch.empty(*shape, head_dim, dtype=torch.float32, device=queries.device)
-        highest, total = (torch.empty(shape, dtype=torch.float32, device=queries.device) for _ in range(2))
+        parts = torch.empty(*shape, head_dim, dtype=torch.float32, device=out.device)
+        highest, total = (torch.empty(shape, dtype=torch.float32, device=out.device) for _ in range(2))
     if counters is None:
-        counters = torch.zeros(num_sequences * num_kv_heads, dtype=torch.int32, device=queries.device)
+        counters = torch.zeros(num_sequences * num_kv_heads, dtype=torch.int32, device=out.device)
     dims = max(16, triton.next_power_of_2(head_dim))
     joined_rows = triton.next_power_of_2(shared)
     at_once = min(num_splits, max(1, MOST_AT_ONCE // (joined_rows * dims)))
     slope, bent = _slopes(scale, cap)
     _decode[(num_sequences, num_kv_heads, num_splits)](
-        queries, queries.stride(0), cache, cell_size, block_table, block_table.stride(0), seq_lens,
+        rows, rows.stride(0), cache, cell_size, block_table, block_table.stride(0), seq_lens,
         slope, bent, min(window, NO_WINDOW), out, out.stride(0), parts, highest, total, counters, num_kv_heads,
-        SHARED=shared, ROWS=max(16, joined_rows), SPLITS=num_splits, BLOCK_SIZE=block_size,
-        HEAD_DIM=head_dim, DIMS=dims, KEYS=_keys(dims, queries.element_size()), HAS_CAP=cap is not None,
-        JOINED_ROWS=joined_rows, AT_ONCE=at_once, num_warps=4, num_stages=NUM_STAGES,
+        *turning, SHARED=shared, ROWS=max(16, joined_rows), SPLITS=num_splits, BLOCK_SIZE=block_size,
+        HEAD_DIM=head_dim, DIMS=dims, KEYS=_keys(dims, out.element_size()), HAS_CAP=cap is not None,
+        JOINED_ROWS=joined_rows, AT_ONCE=at_once, **kind, num_warps=4, num_stages=NUM_STAGES,
     )  # fmt: skip
-    return out
 
 
 def chunk_attention(

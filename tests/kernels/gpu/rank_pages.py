@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from triton_cases import DEVICE
 
-from loraplex_kernels.lora_pages import PAGE_RANKS, RankPages, write_pages
+from loraplex_kernels.lora_pages import PAGE_RANKS, RankPages, RowDelta, make_tiles, write_pages
 
+# Of 5 rows: base, an adapter of every part, none, one of some parts, an empty slot.
+SEGMENTS = ([0, 1, 2, 3, 4, 5], [-1, 0, -1, 1, 2])
 # By linear and slot, the rank of each part.
 RanksOfLinears = Mapping[int, Mapping[int, tuple[int, ...]]]
 
@@ -52,3 +54,13 @@ def scattered_pages(
     for slot, modules in by_slot.items():
         tables.put(slot, modules)
     return tables
+
+
+def delta_of(part_sizes: tuple[int, ...], dtype: torch.dtype) -> RowDelta:
+    """A delta with what is not a number wherever the row's adapter does not touch the part."""
+    ranks = {0: (4,) * len(part_sizes), 1: tuple(3 * (part == 0) for part in range(len(part_sizes)))}
+    pages = scattered_pages([(8, part_sizes)], {0: ranks}, dtype).linear(0)
+    values = torch.full((5, sum(part_sizes)), float("nan"), dtype=dtype, device=DEVICE)
+    values[1] = torch.randn(sum(part_sizes))
+    values[3, : part_sizes[0]] = torch.randn(part_sizes[0])
+    return RowDelta(values, pages, make_tiles(*SEGMENTS, 16, DEVICE))

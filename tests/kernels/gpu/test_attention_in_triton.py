@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from rank_pages import delta_of
 from torch import Tensor
 from triton_cases import DEVICE, DTYPES, assert_near, error
 
 from loraplex_kernels.gpu import attention as gpu
+from loraplex_kernels.kv_cache import HeadNorms
 from loraplex_kernels.reference import attention as reference
+from loraplex_kernels.reference.kv_cache import rotate_and_store
 
 BLOCK_SIZE, KV_HEADS, NUM_BLOCKS = 4, 2, 60
 EVERYTHING = 1 << 20
@@ -166,3 +169,53 @@ def test_a_missing_mask_is_noticed() -> None:
     assert error(ours(seq_lens, 10), truth) > 1e-3
     assert error(ours(seq_lens - 1, 9), truth) > 1e-3
     assert error(ours(seq_lens + 1, 9), truth) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("head_dim", "turned", "parts", "has_norms", "are_neighbours", "cap", "window"),
+    [
+        (16, 16, None, False, False, None, EVERYTHING),
+        (16, 16, 3, True, False, 2.0, EVERYTHING),
+        (24, 8, 1, False, False, None, 9),
+        (24, 24, 3, False, True, None, 1),
+    ],
+)
+def test_decodes_that_turn_and_store_as_they_attend(
+    dtype: torch.dtype, head_dim: int, turned: int, parts: int | None, has_norms: bool, are_neighbours: bool,
+    cap: float | None, window: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The reference: turning and storing, then decoding. The row without a sequence gives zeros and stores nothing."""
+    monkeypatch.setattr(gpu, "_splits", lambda *_: 4)
+    monkeypatch.setattr(gpu, "_keys", lambda *_: 16)
+    lengths, shared = [5, 33, 0, 70, 1], 3
+    given, table, seq_lens = paged(lengths, head_dim, dtype)
+    cells = torch.tensor(
+        [int(table[i, (n - 1) // BLOCK_SIZE]) * BLOCK_SIZE + (n - 1) % BLOCK_SIZE for i, n in enumerate(lengths)]
+    ).to(DEVICE)
+    cells[2] = 0
+    given[cells[seq_lens > 0]] = float("nan")  # what only this step stores
+    sizes = tuple(count * head_dim for count in (shared * KV_HEADS, KV_HEADS, KV_HEADS))
+    qkv = torch.randn(5, sum(sizes)).to(DEVICE, dtype)
+    half = torch.randn(5, turned // 2)
+    cos = torch.cat((half.cos(), half.cos()), -1).to(DEVICE, dtype)
+    sin = torch.cat((-half.sin(), half.sin()), -1).to(DEVICE, dtype)
+    norms = HeadNorms(*(torch.randn(size).to(DEVICE, dtype) for size in sizes[:2]), 1e-5) if has_norms else None
+    delta = None if parts is None else delta_of(sizes if parts == 3 else (sum(sizes),), dtype)
+    cache, true_cache, true_qkv = given.clone(), given.clone(), qkv.clone()
+    arguments = (table, seq_lens)
+    ours = gpu.turn_and_decode(
+        qkv, cos, sin, cache, cells, *arguments, shared * KV_HEADS, head_dim, BLOCK_SIZE, KV_HEADS, 0.3, window, cap,
+        delta, norms, are_neighbours=are_neighbours,
+    )  # fmt: skip
+    rotate_and_store(
+        true_qkv, cos, sin, true_cache, cells, shared * KV_HEADS, head_dim, delta, norms, are_neighbours=are_neighbours
+    )
+    truth = reference.decode_attention(
+        true_qkv[:, : sizes[0]], true_cache, *arguments, BLOCK_SIZE, KV_HEADS, 0.3, window, cap
+    )
+    assert_near(ours, truth)
+    own = cells[seq_lens > 0]
+    assert_near(cache[own], true_cache[own])
+    cache[own], given[own] = 0, 0
+    assert torch.equal(cache.nan_to_num(7), given.nan_to_num(7))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from rank_pages import scattered_pages
+from rank_pages import delta_of
 from torch import Tensor
 from triton_cases import DEVICE, DTYPES, assert_near, error
 
@@ -14,29 +14,16 @@ from loraplex_kernels.gpu import activation as gpu_activation
 from loraplex_kernels.gpu import kv_cache as gpu_kv_cache
 from loraplex_kernels.gpu import norm as gpu_norm
 from loraplex_kernels.kv_cache import HeadNorms
-from loraplex_kernels.lora_pages import RowDelta, make_tiles
+from loraplex_kernels.lora_pages import RowDelta
 from loraplex_kernels.norm import Norm
 from loraplex_kernels.reference import activation as reference_activation
 from loraplex_kernels.reference import kv_cache as reference_kv_cache
 from loraplex_kernels.reference import norm as reference_norm
 
-# Of 5 rows: base, an adapter of every part, none, one of some parts, an empty slot.
-SEGMENTS = ([0, 1, 2, 3, 4, 5], [-1, 0, -1, 1, 2])
-
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
-
-
-def delta_of(part_sizes: tuple[int, ...], dtype: torch.dtype) -> RowDelta:
-    """A delta with what is not a number wherever the row's adapter does not touch the part."""
-    ranks = {0: (4,) * len(part_sizes), 1: tuple(3 * (part == 0) for part in range(len(part_sizes)))}
-    pages = scattered_pages([(8, part_sizes)], {0: ranks}, dtype).linear(0)
-    values = torch.full((5, sum(part_sizes)), float("nan"), dtype=dtype, device=DEVICE)
-    values[1] = torch.randn(sum(part_sizes))
-    values[3, : part_sizes[0]] = torch.randn(part_sizes[0])
-    return RowDelta(values, pages, make_tiles(*SEGMENTS, 16, DEVICE))
 
 
 def numbers(*shape: int, dtype: torch.dtype) -> Tensor:
