@@ -139,6 +139,16 @@ def _attention_pairs(sizes: ModelSizes, numbers: Numbers) -> Pairs:
         truth = reference_attention.chunk_attention(queries, cache, table, starts, seq_lens, *shared)
         ours = attention.chunk_attention(queries, cache, table, starts, seq_lens, 30, *shared)
         yield f"attention of prompts{name}", ours, truth
+    qkv, cos, sin = numbers(3, (heads + 2 * kv_heads) * head_dim), numbers(3, head_dim), numbers(3, head_dim)
+    own = table.long().gather(1, (seq_lens.long()[:, None] - 1) // BLOCK_SIZE).squeeze(1)
+    cells, written = own * BLOCK_SIZE + (seq_lens - 1) % BLOCK_SIZE, cache.clone()
+    sized = (heads, head_dim, BLOCK_SIZE, kv_heads, head_dim**-0.5, NO_WINDOW)
+    ours = attention.turn_and_decode(qkv, cos, sin, written, cells, table, seq_lens, *sized, counters=counters)
+    reference_kv_cache.rotate_and_store(qkv, cos, sin, cache, cells, heads, head_dim)
+    queries = qkv[:, : heads * head_dim]
+    truth = reference_attention.decode_attention(queries, cache, table, seq_lens, *sized[2:])
+    yield "attention of decodes that turn", ours, truth
+    yield "KV write of decodes that turn", written, cache
 
 
 def _row_pairs(sizes: ModelSizes, numbers: Numbers) -> Pairs:

@@ -10,8 +10,6 @@ Scores are powers of two: the scale holds log2(e).
 """
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loraplex_kernels.gpu.attention_tiles import chunk_tile, decode_keys
 from loraplex_kernels.gpu.delta import delta_arguments
 from loraplex_kernels.gpu.turned_heads import rank_of_part, turned_heads
 
@@ -33,31 +32,12 @@ MAX_SPLITS = 16
 WANTED_PROGRAMS = 264  # two for each processor of an H100 or H200
 NUM_COUNTERS = WANTED_PROGRAMS // 2  # where there are more sequences and key heads, none is split
 MOST_AT_ONCE = 8192  # numbers of parts that a program holds to weight them: 64 a thread
-H100_SHARED_BYTES = 227 * 1024
 # Keys and values of one step of the loop are on their way while the last one's are taken in, and before them the
 # numbers of their blocks: with 2 each step would first wait for those.
 NUM_STAGES = 3
 # What differs from step to step must not decide which code a step runs: each variant is compiled when it is first met.
 CHANGING = ("table_stride", "window")
 TABLES = ("block_table", "query_start", "seq_lens", "counters", "row_slots", "ranks")
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkTile:
-    """What a program of `_chunks` has before it: rows are queries times the heads that share a key head."""
-
-    rows: int
-    keys: int
-    warps: int
-
-
-# The first that fits is taken: its queries, and keys and values twice, into a processor's shared memory. For sm_90 and
-# heads of 128 in bfloat16 a warp has 603 instructions for the keys of a step in the first, and 385 for half of them in
-# the second; products are those of a warp group (wgmma), copies take 16 bytes a thread, nothing spills.
-CHUNK_TILES = (ChunkTile(128, 128, 8), ChunkTile(128, 64, 8), ChunkTile(64, 64, 8), ChunkTile(64, 32, 8))
-# Products of float32 have no tensor cores, and in larger tiles no end of code.
-FLOAT32_TILES = (ChunkTile(32, 64, 8), ChunkTile(16, 16, 4))
-MOST_IN_REGISTERS = 160  # float32 of a thread that hold scores and what is gathered
 
 
 @triton.jit
@@ -360,7 +340,7 @@ def _decode_rows(
         rows, rows.stride(0), cache, cell_size, block_table, block_table.stride(0), seq_lens,
         slope, bent, min(window, NO_WINDOW), out, out.stride(0), parts, highest, total, counters, num_kv_heads,
         *turning, SHARED=shared, ROWS=max(16, joined_rows), SPLITS=num_splits, BLOCK_SIZE=block_size,
-        HEAD_DIM=head_dim, DIMS=dims, KEYS=_keys(dims, out.element_size()), HAS_CAP=cap is not None,
+        HEAD_DIM=head_dim, DIMS=dims, KEYS=decode_keys(dims, out.element_size()), HAS_CAP=cap is not None,
         JOINED_ROWS=joined_rows, AT_ONCE=at_once, **kind, num_warps=4, num_stages=NUM_STAGES,
     )  # fmt: skip
 
@@ -375,7 +355,7 @@ def chunk_attention(
     head_dim = cell_size // (2 * num_kv_heads)
     shared = width // head_dim // num_kv_heads
     dims = max(16, triton.next_power_of_2(head_dim))
-    tile = _chunk_tile(dims, queries.element_size(), _shared_bytes(queries.device))
+    tile = chunk_tile(dims, queries.element_size(), queries.device)
     rows = max(tile.rows, triton.next_power_of_2(shared))
     num_queries = rows // shared
     slope, bent = _slopes(scale, cap)
@@ -398,25 +378,3 @@ def _splits(num_programs: int, most_keys: int) -> int:
     """A power of two: enough programs for the processors, and at least two blocks of keys for each."""
     wanted = min(MAX_SPLITS, max(1, WANTED_PROGRAMS // num_programs), max(1, most_keys // 128))
     return 1 << (wanted.bit_length() - 1)
-
-
-def _keys(dims: int, item_bytes: int) -> int:
-    return 64 if dims <= 128 else 8192 // dims if item_bytes == 2 else 16
-
-
-def _chunk_tile(dims: int, item_bytes: int, shared_bytes: int) -> ChunkTile:
-    tiles = CHUNK_TILES if item_bytes == 2 else FLOAT32_TILES
-    for tile in tiles:
-        in_registers = tile.rows * (dims + tile.keys) // (tile.warps * 32)
-        if item_bytes * dims * (tile.rows + 4 * tile.keys) + 2048 <= shared_bytes and in_registers <= MOST_IN_REGISTERS:
-            return tile
-    return tiles[-1]
-
-
-@lru_cache
-def _shared_bytes(device: torch.device) -> int:
-    """What one program may have; in the interpreter and to compile for a GPU that is not here, an H100's."""
-    if device.type != "cuda":
-        return H100_SHARED_BYTES
-    properties = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # missing in torch's stubs

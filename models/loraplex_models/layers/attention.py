@@ -15,6 +15,7 @@ from loraplex_kernels.attention import (
     order_cells,
     paged_attention,
     split_counters,
+    turn_and_decode,
 )
 from loraplex_kernels.dispatch import has_gpu_forms
 from loraplex_kernels.flashinfer_prompts import PromptAttention
@@ -238,6 +239,7 @@ class Attention:
     """Turns queries and keys, stores keys and values, attends. Shared by all layers, as it has no weights."""
 
     _cap: float | None = None
+    _turns_neighbours = False  # elements 2 i and 2 i + 1 of a head together, on a GPU
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float | None = None) -> None:
         """Attend with that scale of the scores; by default head_dim ** -0.5."""
@@ -259,13 +261,25 @@ class Attention:
     ) -> Tensor:
         """Return what each token's heads gather, [T, num_heads * head_dim].
 
-        qkv: [T, queries | keys | values], its queries and keys are turned in place, after `delta` was added and they
+        qkv: [T, queries | keys | values], its queries and keys may be turned in place, after `delta` was added and they
         were normalised; cache: one layer of a KVCache, written in place.
         """
-        rotate_and_store(qkv, cos, signed_sin, cache, plan.slot_mapping, self._num_heads, self._head_dim, delta, norms)
+        blocks = plan.blocks
+        are_neighbours = self._turns_neighbours and blocks is not None
+        if blocks is not None and blocks.has_decodes_only and (norms is None or norms.squares is None):
+            return turn_and_decode(
+                qkv, cos, signed_sin, cache, plan.slot_mapping, blocks.batch.block_table, blocks.batch.seq_lens,
+                num_heads=self._num_heads, head_dim=self._head_dim, block_size=blocks.block_size,
+                num_kv_heads=self._num_kv_heads, scale=self._scale, window=blocks.window, cap=self._cap, delta=delta,
+                norms=norms, counters=blocks.counters, are_neighbours=are_neighbours,
+            )  # fmt: skip
+        rotate_and_store(
+            qkv, cos, signed_sin, cache, plan.slot_mapping, self._num_heads, self._head_dim, delta, norms,
+            are_neighbours=are_neighbours,
+        )  # fmt: skip
         queries = qkv.narrow(1, 0, self._query_width)
-        if plan.blocks is not None:
-            return attend_blocks(queries, cache, plan.blocks, self._num_kv_heads, self._scale, self._cap)
+        if blocks is not None:
+            return attend_blocks(queries, cache, blocks, self._num_kv_heads, self._scale, self._cap)
         if plan.decodes is not None and not plan.groups:
             return self._decode(queries, cache, plan.decodes)
         if plan.decodes is None and len(plan.groups) == 1 and plan.groups[0].tokens is None:
@@ -308,6 +322,8 @@ class Attention:
 class NeighbourAttention(Attention):
     """Attention that turns elements 2 i and 2 i + 1 of a head together, where others turn i and i + head_dim / 2."""
 
+    _turns_neighbours = True
+
     def __init__(
         self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float | None, device: torch.device
     ) -> None:
@@ -330,13 +346,8 @@ class NeighbourAttention(Attention):
     ) -> Tensor:
         """As `Attention.forward`; on a CPU `qkv` stays as it is."""
         if plan.blocks is None:
-            return super().forward(qkv.index_select(1, self._order), cache, plan, cos, signed_sin, delta, norms)
-        rotate_and_store(
-            qkv, cos, signed_sin, cache, plan.slot_mapping, self._num_heads, self._head_dim, delta, norms,
-            are_neighbours=True,
-        )  # fmt: skip
-        queries = qkv.narrow(1, 0, self._query_width)
-        return attend_blocks(queries, cache, plan.blocks, self._num_kv_heads, self._scale, self._cap)
+            qkv = qkv.index_select(1, self._order)
+        return super().forward(qkv, cache, plan, cos, signed_sin, delta, norms)
 
 
 class CappedAttention(Attention):

@@ -22,6 +22,11 @@ class BlockPlan:
     counters: Tensor | None  # from split_counters
     prompts: PlannedPrompts | None = None  # what lets chunks attend in place of our kernel
 
+    @property
+    def has_decodes_only(self) -> bool:
+        """Whether each row is a sequence's newest token."""
+        return self.batch.num_decodes == len(self.batch.seq_lens)
+
 
 def attend_blocks(
     queries: Tensor, cache: Tensor, plan: BlockPlan, num_kv_heads: int, scale: float, cap: float | None

@@ -89,6 +89,10 @@ def call_all(dtype: torch.dtype) -> None:
     for window, cap in ((1 << 30, None), (100, 50.0)):
         attention.decode_attention(qkv[:, :4096], cache, table, lengths[:8], 16, 8, 0.1, window, cap)
         attention.chunk_attention(qkv[:, :4096], cache, table, lengths, lengths[:8], 64, 16, 8, 0.1, window, cap)
+        for how in ((None, None), (delta, norms)):
+            attention.turn_and_decode(
+                qkv, angles, angles, cache, cells, table, lengths[:8], 32, 128, 16, 8, 0.1, window, cap, *how
+            )
     wide = numbers(64, 4 * 256)  # two heads of 256, as Gemma has
     attention.chunk_attention(qkv[:, :512], wide, table, lengths, lengths[:8], 64, 16, 2, 0.1, 1 << 30)
     activation.silu_and_mul(numbers(8, 2 * inner), RowDelta(numbers(8, 2 * inner), tables.linear(1), tiles))

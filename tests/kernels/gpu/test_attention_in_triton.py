@@ -7,6 +7,7 @@ from torch import Tensor
 from triton_cases import DEVICE, DTYPES, assert_near, error
 
 from loraplex_kernels.gpu import attention as gpu
+from loraplex_kernels.gpu.attention_tiles import H100_SHARED_BYTES, ChunkTile, fitting_tile
 from loraplex_kernels.kv_cache import HeadNorms
 from loraplex_kernels.reference import attention as reference
 from loraplex_kernels.reference.kv_cache import rotate_and_store
@@ -63,7 +64,7 @@ def test_however_the_keys_are_split(
     monkeypatch: pytest.MonkeyPatch, num_splits: int, at_once: int, cap: float | None, window: int
 ) -> None:
     monkeypatch.setattr(gpu, "_splits", lambda *_: num_splits)
-    monkeypatch.setattr(gpu, "_keys", lambda *_: 16)
+    monkeypatch.setattr(gpu, "decode_keys", lambda *_: 16)
     monkeypatch.setattr(gpu, "MOST_AT_ONCE", at_once * 4 * 16)
     cache, table, seq_lens = paged([70, 3, 1, 100], 16, torch.float32)
     arguments = (queries_of(4, 3, 16, torch.float32), cache, table, seq_lens, BLOCK_SIZE, KV_HEADS, 1.0, window, cap)
@@ -83,7 +84,7 @@ def counters_and_room(num_counters: int, num_rows: int, width: int) -> tuple[Ten
 def test_parts_joined_too_early_or_never_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A counter that stood too high or too low: its head is joined without its last parts, or by nobody."""
     monkeypatch.setattr(gpu, "_splits", lambda *_: 4)
-    monkeypatch.setattr(gpu, "_keys", lambda *_: 16)
+    monkeypatch.setattr(gpu, "decode_keys", lambda *_: 16)
     cache, table, seq_lens = paged([64, 64], 16, torch.float32)
     arguments = (queries_of(2, 2, 16, torch.float32), cache, table, seq_lens, BLOCK_SIZE, KV_HEADS, 1.0, EVERYTHING)
     truth = reference.decode_attention(*arguments)
@@ -119,7 +120,7 @@ def test_chunks_longer_than_tiles_of_queries_and_of_keys(
     monkeypatch: pytest.MonkeyPatch, rows: int, keys: int, window: int
 ) -> None:
     """Tiles whose keys are all seen, and those at either border of what their rows see."""
-    monkeypatch.setattr(gpu, "_chunk_tile", lambda *_: gpu.ChunkTile(rows, keys, 4))
+    monkeypatch.setattr(gpu, "chunk_tile", lambda *_: ChunkTile(rows, keys, 4))
     cache, table, seq_lens = paged([150, 70], 16, torch.float32)
     arguments = (queries_of(190, 2, 16, torch.float32), cache, table, starts_of([120, 70]), seq_lens)
     ours = gpu.chunk_attention(*arguments, 120, BLOCK_SIZE, KV_HEADS, 0.3, window)
@@ -127,13 +128,13 @@ def test_chunks_longer_than_tiles_of_queries_and_of_keys(
 
 
 def test_tiles_fit_into_what_a_processor_has() -> None:
-    large, an_l4 = gpu.H100_SHARED_BYTES, 99 * 1024
-    assert gpu._chunk_tile(128, 2, large) == gpu.ChunkTile(128, 128, 8)
-    assert gpu._chunk_tile(256, 2, large) == gpu.ChunkTile(128, 64, 8)
-    assert gpu._chunk_tile(128, 2, an_l4) == gpu.ChunkTile(128, 64, 8)
-    assert gpu._chunk_tile(256, 2, an_l4) == gpu.ChunkTile(64, 32, 8)
-    assert gpu._chunk_tile(128, 4, large) == gpu.ChunkTile(32, 64, 8)
-    assert gpu._chunk_tile(256, 4, large) == gpu.ChunkTile(16, 16, 4)
+    large, an_l4 = H100_SHARED_BYTES, 99 * 1024
+    assert fitting_tile(128, 2, large) == ChunkTile(128, 128, 8)
+    assert fitting_tile(256, 2, large) == ChunkTile(128, 64, 8)
+    assert fitting_tile(128, 2, an_l4) == ChunkTile(128, 64, 8)
+    assert fitting_tile(256, 2, an_l4) == ChunkTile(64, 32, 8)
+    assert fitting_tile(128, 4, large) == ChunkTile(32, 64, 8)
+    assert fitting_tile(256, 4, large) == ChunkTile(16, 16, 4)
 
 
 def test_one_query_is_the_same_by_either_kernel() -> None:
@@ -187,7 +188,7 @@ def test_decodes_that_turn_and_store_as_they_attend(
 ) -> None:  # fmt: skip
     """The reference: turning and storing, then decoding. The row without a sequence gives zeros and stores nothing."""
     monkeypatch.setattr(gpu, "_splits", lambda *_: 4)
-    monkeypatch.setattr(gpu, "_keys", lambda *_: 16)
+    monkeypatch.setattr(gpu, "decode_keys", lambda *_: 16)
     lengths, shared = [5, 33, 0, 70, 1], 3
     given, table, seq_lens = paged(lengths, head_dim, dtype)
     cells = torch.tensor(
