@@ -30,10 +30,16 @@ def _activate(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = column < size
     cell = row * (2 if IS_GATED else 1) * size + column
+    # No load stands behind a branch that waits for another: for few rows that is most of the time.
     gate = tl.load(x + cell, mask=is_column, other=0.0).to(tl.float32)
+    if IS_GATED:
+        up = tl.load(x + cell + size, mask=is_column, other=0.0).to(tl.float32)
     if HAS_DELTA:
-        if rank_of(row_slots, ranks, rank_stride, row, 0) > 0:
-            gate += tl.load(delta + cell, mask=is_column, other=0.0).to(tl.float32)
+        has_gate = rank_of(row_slots, ranks, rank_stride, row, 0) > 0
+        if IS_GATED:
+            has_up = rank_of(row_slots, ranks, rank_stride, row, PARTS - 1) > 0
+            up += tl.load(delta + cell + size, mask=is_column & has_up, other=0.0).to(tl.float32)
+        gate += tl.load(delta + cell, mask=is_column & has_gate, other=0.0).to(tl.float32)
     if KIND == 0:
         active = gate * _sigmoid(gate)
     elif KIND == 1:
@@ -42,10 +48,6 @@ def _activate(
     else:
         active = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067812))
     if IS_GATED:
-        up = tl.load(x + cell + size, mask=is_column, other=0.0).to(tl.float32)
-        if HAS_DELTA:
-            if rank_of(row_slots, ranks, rank_stride, row, PARTS - 1) > 0:
-                up += tl.load(delta + cell + size, mask=is_column, other=0.0).to(tl.float32)
         active *= up
     tl.store(out + row * size + column, active.to(out.dtype.element_ty), mask=is_column)
 

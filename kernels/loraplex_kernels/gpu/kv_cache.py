@@ -41,12 +41,19 @@ def _rotate_and_store(
     first = tl.load(qkv + start + i, mask=is_half, other=0.0).to(tl.float32)
     second = tl.load(qkv + start + j, mask=is_half, other=0.0).to(tl.float32)
     rest = tl.load(qkv + start + k, mask=is_rest, other=0.0).to(tl.float32)
+    # Values are not turned. What does not wait for the adapter's tables is loaded before what does.
+    angle = token * TURNED
+    is_turned = is_half & (kind < 2)
+    first_cos = tl.load(cos + angle + first_angle, mask=is_turned, other=0.0).to(tl.float32)
+    second_cos = tl.load(cos + angle + second_angle, mask=is_turned, other=0.0).to(tl.float32)
+    first_sin = tl.load(signed_sin + angle + first_angle, mask=is_turned, other=0.0).to(tl.float32)
+    second_sin = tl.load(signed_sin + angle + second_angle, mask=is_turned, other=0.0).to(tl.float32)
+    cell = tl.load(cells + token)
     if HAS_DELTA:
-        part = kind if PARTS == 3 else 0
-        if rank_of(row_slots, ranks, rank_stride, token, part) > 0:
-            first += tl.load(delta + start + i, mask=is_half, other=0.0).to(tl.float32)
-            second += tl.load(delta + start + j, mask=is_half, other=0.0).to(tl.float32)
-            rest += tl.load(delta + start + k, mask=is_rest, other=0.0).to(tl.float32)
+        is_touched = rank_of(row_slots, ranks, rank_stride, token, kind if PARTS == 3 else 0) > 0
+        first += tl.load(delta + start + i, mask=is_half & is_touched, other=0.0).to(tl.float32)
+        second += tl.load(delta + start + j, mask=is_half & is_touched, other=0.0).to(tl.float32)
+        rest += tl.load(delta + start + k, mask=is_rest & is_touched, other=0.0).to(tl.float32)
     if kind < 2:
         if HAS_NORMS:
             if HAS_SQUARES:
@@ -62,11 +69,6 @@ def _rotate_and_store(
             first *= scale * tl.load(weight + i, mask=is_half, other=0.0).to(tl.float32)
             second *= scale * tl.load(weight + j, mask=is_half, other=0.0).to(tl.float32)
             rest *= scale * tl.load(weight + k, mask=is_rest, other=0.0).to(tl.float32)
-        angle = token * TURNED
-        first_cos = tl.load(cos + angle + first_angle, mask=is_half, other=0.0).to(tl.float32)
-        second_cos = tl.load(cos + angle + second_angle, mask=is_half, other=0.0).to(tl.float32)
-        first_sin = tl.load(signed_sin + angle + first_angle, mask=is_half, other=0.0).to(tl.float32)
-        second_sin = tl.load(signed_sin + angle + second_angle, mask=is_half, other=0.0).to(tl.float32)
         turned_first = first * first_cos + second * first_sin
         second = second * second_cos + first * second_sin
         first = turned_first
@@ -75,7 +77,6 @@ def _rotate_and_store(
     tl.store(qkv + start + j, second.to(number), mask=is_half)
     tl.store(qkv + start + k, rest.to(number), mask=is_rest)
     if kind > 0:
-        cell = tl.load(cells + token)
         # Keys of all heads come first in a cell, then the values: the order that heads have in qkv.
         target = cache + (cell * 2 * num_kv_heads + head - num_heads) * HEAD_DIM
         tl.store(target + i, first.to(number), mask=is_half)

@@ -4,8 +4,8 @@ Shrink splits the inputs and writes one plane a split, which expand sums while i
 nothing is added atomically, so the result does not depend on timing or on what else is in the batch.
 
 A program goes from tile to tile, so a grid made for many costs little where there are few. Each step from one table to
-the next waits on the memory, which for few rows is most of the time. So what names the work is asked for at once; where
-the compiler would put a load off until it is known to be needed, a loop's end is made to depend on what it gives.
+the next waits on the memory, which for few rows is most of the time. So what names the work is asked for at once: where
+the compiler would put a load off until it is known to be needed, a loop's limit is made to depend on it (`_after`).
 """
 
 from typing import TYPE_CHECKING
@@ -37,6 +37,12 @@ TABLES = ("page_table", "ranks", "starts", "counts", "slots", "num_tiles", "row_
 
 
 @triton.jit
+def _after(limit, number):
+    """The limit of a loop, known only when `number` is, which is never negative."""
+    return tl.where(number < 0, 0, limit)
+
+
+@triton.jit
 def _page_of(table, r, most_pages, PAGE: tl.constexpr):
     """Where the page of a rank starts; whether the adapter has that rank is not asked."""
     page = tl.load(table + r // PAGE, mask=r < most_pages * PAGE, other=0)
@@ -55,7 +61,7 @@ def _shrink(
     stride = tl.num_programs(1)
     group_start = tl.program_id(2) * RANKS
     slot = tl.load(slots + tl.program_id(1))
-    end = tl.where(slot < 0, 0, tl.load(num_tiles))
+    end = _after(tl.load(num_tiles), slot)
     first = split * split_size
     last = tl.minimum(first + split_size, in_size)
     # A column is a rank of a part; beyond the last part there is none.
@@ -68,20 +74,22 @@ def _shrink(
         for other in tl.static_range(1, PARTS):
             highest = tl.maximum(highest, tl.load(slot_ranks + other))
         table = page_table + slot.to(tl.int64) * slot_stride
-        highest = tl.where(tl.load(table) < 0, 0, highest)
+        start = tl.load(starts + tile)
+        height = tl.load(counts + tile)
+        highest = _after(_after(_after(highest, tl.load(table)), start), height)
         table += tl.minimum(part, PARTS - 1) * most_pages
         r = group_start + tl.arange(0, COLUMNS) % RANKS
         page = _page_of(table, r, most_pages, PAGE)
-        row = tl.load(starts + tile) + place
-        is_row = place < tl.load(counts + tile)
+        row = start + place
+        is_row = place < height
         for _ in range(group_start, highest, tl.num_programs(2) * RANKS):
             is_rank = r < rank
             # What fills up a block of ranks is written too, as zeros: expand reads whole blocks.
             is_kept = r < tl.cdiv(rank, BLOCK) * BLOCK
             a_row = pages + page + r % PAGE * in_size
             h = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for start in range(first, last, INPUTS):
-                i = start + tl.arange(0, INPUTS)
+            for first_input in range(first, last, INPUTS):
+                i = first_input + tl.arange(0, INPUTS)
                 x_cell = x + row.to(tl.int64)[:, None] * x_stride + i[None, :]
                 numbers = tl.load(x_cell, mask=is_row[:, None] & (i < last)[None, :], other=0.0)
                 weights = tl.load(a_row[None, :] + i[:, None], mask=is_rank[None, :] & (i < last)[:, None], other=0.0)
@@ -106,7 +114,7 @@ def _expand(
     # A block of columns lies within one part.
     part = tl.load(blocks + 3 * block)
     slot = tl.load(slots + tl.program_id(1))
-    end = tl.where((slot < 0) | (part < 0), 0, tl.load(num_tiles))
+    end = _after(_after(tl.load(num_tiles), slot), part)
     part_start = tl.multiple_of(tl.load(borders + part), ALIGN)
     part_end = tl.multiple_of(tl.load(blocks + 3 * block + 2), ALIGN)
     column = tl.multiple_of(tl.load(blocks + 3 * block + 1), ALIGN) + tl.arange(0, OUTPUTS)
@@ -116,7 +124,7 @@ def _expand(
     for tile in range(tl.program_id(1), end, stride):
         rank = tl.load(ranks + slot.to(tl.int64) * rank_stride + part)
         table = page_table + slot.to(tl.int64) * slot_stride + part * most_pages
-        rank = tl.where(tl.load(table) < 0, 0, rank)
+        rank = _after(rank, tl.load(table))
         r = tl.arange(0, RANKS)
         page = _page_of(table, r, most_pages, PAGE)
         row = tl.load(starts + tile) + place
@@ -183,8 +191,9 @@ def shrink_rows(x: Tensor, pages: "LinearPages", tiles: "RowTiles", num_splits: 
 
 def splits_for(in_size: int, tile_rows: int, num_tiles: int) -> int:
     """How many parts the inputs are cut into; for decodes the best measured on one H200 at 1, 8 and 32 adapters."""
-    wanted = 4 if tile_rows > DECODE_ROWS else 32 if num_tiles == 1 else 16
-    return max(1, min(wanted, in_size // 128))
+    if tile_rows > DECODE_ROWS:
+        return max(1, min(4, in_size // 2048))
+    return max(1, min(32 if num_tiles == 1 else 16, in_size // 128))
 
 
 def expand_rows(h: Tensor, pages: "LinearPages", tiles: "RowTiles", delta: Tensor) -> None:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _scaled(x, weight, column, is_column, size, eps):
+def _scaled(x, weight, size, eps):
     mean = tl.sum(x * x, 0) / size
-    return x / tl.sqrt(mean + eps) * tl.load(weight + column, mask=is_column, other=0.0).to(tl.float32)
+    return x / tl.sqrt(mean + eps) * weight.to(tl.float32)
 
 
 @triton.jit
@@ -27,7 +27,9 @@ def _norm(x, row_stride, weight, weight_stride, out, out_stride, size, eps, BLOC
     column = tl.arange(0, BLOCK)
     is_column = column < size
     numbers = tl.load(x + row * row_stride + group * size + column, mask=is_column, other=0.0).to(tl.float32)
-    scaled = _scaled(numbers, weight + group * weight_stride, column, is_column, size, eps)
+    # Loaded before the sum, which every warp waits for, and not after it.
+    weights = tl.load(weight + group * weight_stride + column, mask=is_column, other=0.0)
+    scaled = _scaled(numbers, weights, size, eps)
     tl.store(out + row * out_stride + group * size + column, scaled.to(out.dtype.element_ty), mask=is_column)
 
 
@@ -41,22 +43,30 @@ def _add_norm(
     column = tl.arange(0, BLOCK)
     is_column = column < size
     cell = row * size + column
+    # All loads stand before the first that waits for another, and before the sums, which every warp waits for.
     total = tl.load(x + cell, mask=is_column, other=0.0).to(tl.float32)
-    if HAS_DELTA:
-        if rank_of(row_slots, ranks, rank_stride, row, 0) > 0:
-            total += tl.load(delta + cell, mask=is_column, other=0.0).to(tl.float32)
+    rest = tl.load(residual + cell, mask=is_column, other=0.0)
     if HAS_POST:
-        total = _scaled(total, post_weight, column, is_column, size, post_eps)
-    total = total * share + tl.load(residual + cell, mask=is_column, other=0.0).to(tl.float32)
+        post_weights = tl.load(post_weight + column, mask=is_column, other=0.0)
+    if HAS_NORM:
+        weights = tl.load(weight + column, mask=is_column, other=0.0)
+        if HAS_BIAS:
+            biases = tl.load(bias + column, mask=is_column, other=0.0)
+    if HAS_DELTA:
+        is_touched = rank_of(row_slots, ranks, rank_stride, row, 0) > 0
+        total += tl.load(delta + cell, mask=is_column & is_touched, other=0.0).to(tl.float32)
+    if HAS_POST:
+        total = _scaled(total, post_weights, size, post_eps)
+    total = total * share + rest.to(tl.float32)
     kept = total.to(residual.dtype.element_ty)
     tl.store(residual + cell, kept, mask=is_column)
     if HAS_NORM:
         numbers = kept.to(tl.float32)
         if IS_CENTRED:
             numbers = tl.where(is_column, numbers - tl.sum(numbers, 0) / size, 0.0)
-        normed = _scaled(numbers, weight, column, is_column, size, eps)
+        normed = _scaled(numbers, weights, size, eps)
         if HAS_BIAS:
-            normed += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)
+            normed += biases.to(tl.float32)
         tl.store(out + cell, normed.to(out.dtype.element_ty), mask=is_column)
 
 
