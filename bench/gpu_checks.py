@@ -26,7 +26,8 @@ def check_kernels(device: torch.device, small: bool) -> list[Row]:
 def check_engine(device: torch.device, num_batches: int) -> list[Row]:
     """Greedy tokens of both engines over the same float32 weights, for random mixes of requests and adapters."""
     cpu, answers = torch.device("cpu"), []
-    interprets = dispatch.INTERPRETS
+    interprets, threads = dispatch.INTERPRETS, torch.get_num_threads()
+    torch.set_num_threads(1)  # all is small: more threads would mostly wait for each other
     for where in (cpu, device):
         dispatch.INTERPRETS = interprets and len(answers) == 1
         model = random_model("tiny", torch.float32, where, source=cpu, std=0.12)
@@ -47,6 +48,7 @@ def check_engine(device: torch.device, num_batches: int) -> list[Row]:
             world.engine.close()
         answers.append(found)
     dispatch.INTERPRETS = interprets
+    torch.set_num_threads(threads)
     differing = sum(ours != truth for truth, ours in zip(*answers, strict=True))
     return [
         {

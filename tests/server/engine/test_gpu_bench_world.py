@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 from triton_interpreter import needs_interpreter
 
 sys.path.append(str(Path(__file__).parents[3] / "bench"))
+from gpu import watch
 from gpu_checks import check_engine, check_kernels
 from gpu_prefill import prefill_forms
-from gpu_tables import Bench
+from gpu_report import Report, Row
+from gpu_run import Bench
 from gpu_world import random_model
 
 from loraplex_kernels import dispatch
@@ -47,24 +50,72 @@ def test_all_forms_of_a_prompts_linear_give_the_same(own: bool, monkeypatch: pyt
     assert [row["adapters"] for row in rows] == [1, 3] and all(row["ok"] for row in rows)
 
 
-def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = argparse.Namespace(interpret=True, budget=100.0, json=tmp_path / "gpu.json", shape="tiny")
-    bench = Bench(options)
+def _bench(path: Path, *, resume: bool = False) -> Bench:
+    return Bench(argparse.Namespace(interpret=True, budget=100.0, json=path, shape="tiny", resume=resume))
 
-    def broken() -> list[dict[str, object]]:
-        raise RuntimeError("an illegal memory access was encountered")
+
+def test_a_part_that_fails_keeps_its_rows_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "gpu.json"
+    bench = _bench(path)
+
+    def broken() -> Iterator[Row]:
+        yield {"ms": 2.0}
+        raise RuntimeError("out of memory")
 
     bench.section("check", 1, lambda: [{"ok": False}])
     bench.section("broken", 1, broken)
-    written = json.loads(options.json.read_text())
-    assert written["wrong"] == ["check"] and "illegal memory access" in written["failed"]["broken"]
+    written = json.loads(path.read_text())
+    assert written["wrong"] == ["check"] and "out of memory" in written["failed"]["broken"]
     bench.section("too long", 1000, broken)
     bench.section("last", 1, lambda: [{"ms": 1.5}])
-    written = json.loads(options.json.read_text())
-    assert written["tables"] == {"check": [{"ok": False}], "last": [{"ms": 1.5}]}
-    assert "too long" in written["left_out"][0] and "FAILED" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert written["tables"] == {"check": [{"ok": False}], "broken": [{"ms": 2.0}], "last": [{"ms": 1.5}]}
+    assert [*written["left_out"]] == ["too long"] and "FAILED" in capsys.readouterr().out
     bench.deadline = 0.0
-    assert bench.is_late("more rows") and bench.left_out[-1].startswith("more rows")
+    assert bench.is_late("more rows") and [*bench.report.left_out][-1] == "more rows"
+
+
+def test_a_resumed_run_does_only_the_parts_that_its_file_does_not_have(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    _bench(path).section("first", 1, lambda: [{"ms": 1.5}])
+    left_out = _bench(path, resume=True)
+    left_out.section("second", 1000, lambda: [{"ms": 2.5}])
+    left_out.write()
+    resumed = _bench(path, resume=True)
+    for name in ("first", "second"):
+        resumed.section(name, 1, lambda: [{"ms": 3.5}])
+    assert resumed.report.tables == {"first": [{"ms": 1.5}], "second": [{"ms": 3.5}]}
+    assert resumed.report.left_out == {}
+
+
+LOSES_ITS_PROCESS = """
+import os, sys
+from pathlib import Path
+from gpu_report import Report
+
+path, arguments = Path(sys.argv[1]), sys.argv[2:]
+assert arguments[:2] == ["--resume", "--budget"] and float(arguments[2]) <= 100
+report = Report.read(path)
+report.running = None if report.has("lost") else "lost"
+report.tables["last" if report.has("lost") else "first"] = [{"ms": 1.5}]
+report.write(path)
+os._exit(0 if report.has("lost") else 9)
+"""
+
+
+def test_where_a_process_is_lost_to_a_part_another_does_the_parts_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gpu.json"
+    path.write_text("of an earlier run")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(BENCH), *sys.path]))
+    command = [sys.executable, "-c", LOSES_ITS_PROCESS, str(path)]
+    assert watch(command, argparse.Namespace(budget=100.0, json=path, resume=False)) == 0
+    report = Report.read(path)
+    assert report.tables == {"first": [{"ms": 1.5}], "last": [{"ms": 1.5}]}
+    assert report.failed == {"lost": "its process ended with 9"} and report.running is None
 
 
 WITHOUT_NUMBA = """
