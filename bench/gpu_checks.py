@@ -1,6 +1,7 @@
 """Is it right? What bench/gpu.py asks before it measures: each row says what was compared and whether it is ok."""
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,15 +13,15 @@ from loraplex_kernels.self_check import ModelSizes, compare_kernels
 Row = dict[str, Any]
 
 
-def check_kernels(device: torch.device, small: bool) -> list[Row]:
+def check_kernels(device: torch.device, small: bool) -> Iterator[Row]:
     """Each kernel at sizes of a real model, in each number type, against its reference."""
     sizes = ModelSizes(64, 16, 4, 2, 300, (4, 8), True) if small else ModelSizes(4096, 128, 32, 8, 128256, (4, 8), True)
-    rows: list[Row] = []
     for dtype in (torch.float32, torch.float16) if small else (torch.float32, torch.bfloat16):
         for found in compare_kernels(device, dtype, sizes):
-            rows.append({"kernel": found.kernel, "type": str(dtype)[6:], "error": found.error, "limit": found.limit})
-            rows[-1]["ok"] = found.is_near
-    return rows
+            yield {
+                "kernel": found.kernel, "type": str(dtype)[6:], "error": found.error, "limit": found.limit,
+                "ok": found.is_near,
+            }  # fmt: skip
 
 
 def check_engine(device: torch.device, num_batches: int) -> list[Row]:
