@@ -61,6 +61,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 10000.0, "max_position_embeddings": 512,
     },
 }  # fmt: skip
+SHAPES["4 layers"] = SHAPES["llama-3-8b"] | {"num_hidden_layers": 4}
 WEIGHT_STD = 0.02
 DEADLINE_S = 60.0  # for one measurement on a GPU: an engine that never ends must not take the run with it
 
