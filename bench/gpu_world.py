@@ -216,8 +216,9 @@ def make_world(
     )
     worker = Worker(
         model, num_kv_blocks=num_kv_blocks, block_size=config.block_size, max_batch_size=max_batch_size,
-        max_total_tokens=max_total_tokens, num_slots=num_slots, max_lora_rank=max_rank, sampler=sampler,
-        read_adapter=lambda path: adapters[path], adapter_room=AdapterRoom(pinned_bytes),
+        max_total_tokens=max_total_tokens, prefill_tokens=config.prefill_tokens, num_slots=num_slots,
+        max_lora_rank=max_rank, sampler=sampler, read_adapter=lambda path: adapters[path],
+        adapter_room=AdapterRoom(pinned_bytes),
     )  # fmt: skip
     engine = Engine(
         config, LocalExecutor(worker), num_kv_blocks=num_kv_blocks, end_token_ids=frozenset(),

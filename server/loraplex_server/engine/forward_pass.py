@@ -8,10 +8,10 @@ from loraplex_models.adapters.slots import AdapterSlots
 from loraplex_models.decoder import CausalLM
 from loraplex_server.engine.batch_builder import BatchBuilder
 from loraplex_server.engine.device_batch import DeviceBatchBuilder
-from loraplex_server.engine.graphs import Capture, CudaCapture, DecodeGraphs
+from loraplex_server.engine.graphs import Capture, CudaCapture, StepGraphs, graph_sizes
 from loraplex_server.engine.step import StepPlan
 
-# How decodes are made repeatable where there is no GPU; tests have them computed anew.
+# How steps are made repeatable where there is no GPU; tests have them computed anew.
 CAPTURE_ON_CPU: Capture | None = None
 
 
@@ -27,10 +27,11 @@ class ForwardPass:
         block_size: int,
         max_batch_size: int,
         max_blocks: int,
+        prefill_tokens: int,
     ) -> None:
         self._model = model
         self._slots = slots
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         capture = CudaCapture() if model.device.type == "cuda" else CAPTURE_ON_CPU
         if not isinstance(slots, PagedAdapterSlots):
             self._kv_cache = model.new_kv_cache(num_kv_blocks, block_size)
@@ -40,11 +41,11 @@ class ForwardPass:
         self._kv_cache = model.new_kv_cache(num_kv_blocks + 1, block_size)
         self._builder = DeviceBatchBuilder(max_batch_size, max_blocks, block_size, slots, model.device)
         if capture is not None and model.can_be_captured:
-            self._graphs = DecodeGraphs(
+            self._graphs = StepGraphs(
                 model,
                 self._kv_cache,
                 slots.captured_pages,
-                max_batch_size=max_batch_size,
+                sizes=graph_sizes(model, max_batch_size, prefill_tokens),
                 max_blocks=max_blocks,
                 spare_cell=num_kv_blocks * block_size,
                 capture=capture,

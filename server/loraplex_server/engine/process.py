@@ -117,6 +117,7 @@ def build_worker(
         block_size=config.block_size,
         max_batch_size=config.max_batch_size,
         max_total_tokens=limits.max_total_tokens,
+        prefill_tokens=config.prefill_tokens,
         num_slots=config.adapters.max_resident_adapters,
         max_lora_rank=config.adapters.max_lora_rank,
         read_adapter=read_adapter,

@@ -13,14 +13,14 @@ from torch import Tensor
 from loraplex_models.adapters.paged_slots import AdapterRoom, PagedAdapterSlots
 from loraplex_models.decoder import CausalLM
 from loraplex_server.config import EngineConfig
-from loraplex_server.engine.device_batch import DeviceBatchBuilder
+from loraplex_server.engine.device_batch import DeviceBatchBuilder, StepSize
 from loraplex_server.engine.device_sampler import sampler_kind
-from loraplex_server.engine.graphs import DecodeGraphs, Replay, graph_sizes, num_own_sets
+from loraplex_server.engine.graphs import Replay, StepGraphs, graph_sizes, most_graphs
 from loraplex_server.engine.memory import GpuShares, most_total_tokens, settle_adapter_budgets
 from loraplex_server.messages import SamplingParams
 
-# What the driver keeps of a captured graph, whose kernels' arguments are some thousand nodes.
-GRAPH_BYTES = 16 << 20
+# What the driver keeps of a captured graph, some thousand nodes with their kernels' arguments.
+GRAPH_BYTES = 8 << 20
 # Between the allocator's blocks, and for what a driver takes later: modules of kernels, local memory.
 SPARE_BYTES = 512 << 20
 BLOCK_SIZE = 16  # of the profile's own small KV cache
@@ -101,7 +101,7 @@ def free_kv_bytes(config: EngineConfig, model: CausalLM) -> int | None:
 
 
 def measure_steps(config: EngineConfig, model: CausalLM, memory: DeviceMemory) -> WidestSteps:
-    """Run the widest chunk, the widest decodes with the memory of all graphs, and the costliest choice of tokens."""
+    """Run the widest chunk, the steps of all graphs with what these keep, and the costliest choice of tokens."""
     room = AdapterRoom(0, 0)  # counted apart
     slots = PagedAdapterSlots(model, config.adapters.max_resident_adapters, config.adapters.max_lora_rank, room)
     most_tokens = most_total_tokens(config, model.config)
@@ -109,8 +109,9 @@ def measure_steps(config: EngineConfig, model: CausalLM, memory: DeviceMemory) -
         forward = peak_of(memory, lambda: _compute_chunk(config, model, slots))
         graphs = 0
         if model.can_be_captured:
-            graphs = peak_of(memory, lambda: _keep_decodes(config.max_batch_size, most_tokens, model, slots))
-            graphs += (2 + num_own_sets(model)) * len(graph_sizes(config.max_batch_size)) * GRAPH_BYTES
+            sizes = graph_sizes(model, config.max_batch_size, config.prefill_tokens)
+            graphs = peak_of(memory, lambda: _keep_graphs(sizes, most_tokens, model, slots))
+            graphs += most_graphs(model, sizes) * GRAPH_BYTES
         sampling = peak_of(memory, lambda: _choose_tokens(config, model, most_tokens))
     return WidestSteps(forward, sampling, graphs)
 
@@ -136,18 +137,18 @@ def _compute_chunk(config: EngineConfig, model: CausalLM, slots: PagedAdapterSlo
     model.forward(replace(batch, sample_rows=rows), model.new_kv_cache(num_blocks, BLOCK_SIZE))
 
 
-def _keep_decodes(max_batch_size: int, most_tokens: int, model: CausalLM, slots: PagedAdapterSlots) -> None:
+def _keep_graphs(sizes: list[StepSize], most_tokens: int, model: CausalLM, slots: PagedAdapterSlots) -> None:
     """What the graphs of a server have in memory: inputs of each, the logits, and what a pass takes meanwhile."""
 
     def capture(forward: Callable[[], Tensor]) -> Replay:
         logits = forward()
         return lambda: logits
 
-    DecodeGraphs(
+    StepGraphs(
         model,
         model.new_kv_cache(1, BLOCK_SIZE),
         slots.captured_pages,
-        max_batch_size=max_batch_size,
+        sizes=sizes,
         max_blocks=-(-most_tokens // BLOCK_SIZE),
         spare_cell=0,
         capture=capture,

@@ -61,6 +61,7 @@ class Worker:
         block_size: int,
         max_batch_size: int,
         max_total_tokens: int,
+        prefill_tokens: int,
         num_slots: int,
         max_lora_rank: int,
         read_adapter: Callable[[str | MergeRecipe], AdapterWeights | UnfinishedWeights],
@@ -89,6 +90,7 @@ class Worker:
             block_size=block_size,
             max_batch_size=max_batch_size,
             max_blocks=-(-max_total_tokens // block_size),
+            prefill_tokens=prefill_tokens,
         )
 
     def warm_up(self) -> None:

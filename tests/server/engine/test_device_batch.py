@@ -22,7 +22,7 @@ from loraplex_models.loader import load_model
 from loraplex_models.parallel import ParallelGroup
 from loraplex_server.engine import graphs as graphs_of_decodes
 from loraplex_server.engine.device_batch import DeviceBatchBuilder
-from loraplex_server.engine.graphs import OFTEN, DecodeGraphs, TargetSets, graph_sizes, run_again
+from loraplex_server.engine.graphs import OFTEN, StepGraphs, TargetSets, graph_sizes, run_again
 from loraplex_server.engine.staging import StagedInputs, send_arrays
 from loraplex_server.engine.step import FUTURE_TOKEN, ScheduledSequence, StepPlan
 
@@ -51,12 +51,19 @@ def test_staged_inputs_stay_in_place_and_change_only_when_sent() -> None:
 
 
 @pytest.mark.parametrize("largest", [1, 3, 8, 100, 256])
-def test_every_batch_fits_a_graph_that_is_not_much_larger(largest: int) -> None:
-    sizes = graph_sizes(largest)
-    assert sizes == sorted(set(sizes)) and sizes[-1] == largest
+def test_every_batch_fits_a_graph_that_is_not_much_larger(largest: int, parts) -> None:
+    model, _ = parts
+    sizes = graph_sizes(model, largest, 300)
+    decodes = [size.num_decodes for size in sizes if not size.num_tokens]
+    assert decodes == sorted(set(decodes)) and decodes[-1] == largest
     for count in range(1, largest + 1):
-        size = next(size for size in sizes if size >= count)
-        assert size - count < max(8, count / 2, 4)
+        size = next(size for size in sizes if size.takes(count, 0, 0))
+        assert not size.num_tokens and size.num_decodes - count < max(8, count / 2, 4)
+        for num_tokens in (1, 64, 65, 256):
+            size = next(size for size in sizes if size.takes(count, 1, num_tokens))
+            assert size.num_tokens < max(65, 2 * num_tokens) and size.num_decodes in (min(16, largest), largest)
+    assert not any(size.takes(1, 1, 257) or size.takes(1, 9, 9) for size in sizes)
+    assert [size.num_tokens for size in graph_sizes(model, 4, 24)[-1:]] == [24]
 
 
 def with_experts(folder: Path) -> tuple[CausalLM, list[AdapterWeights]]:
@@ -90,19 +97,30 @@ def parts(tmp_path_factory: pytest.TempPathFactory):
     return loaded(folder, adapters)
 
 
-def decodes(slots_of_rows: list[int], rng: random.Random) -> StepPlan:
-    """Sequences in the middle of their blocks, each with one new token."""
-    blocks = rng.sample(range(NUM_BLOCKS), 6 * len(slots_of_rows))
+# Of a chunk: its slot, its tokens, how many of them are the base's, and whether it ends its prompt.
+Chunk = tuple[int, int, int, bool]
+
+
+def step(decode_slots: list[int], chunks: list[Chunk], rng: random.Random) -> StepPlan:
+    """Sequences in the middle of their blocks: decodes with one new token each, then chunks of prompts."""
+    every = [(slot, 1, 0, True) for slot in decode_slots] + chunks
+    blocks = rng.sample(range(NUM_BLOCKS), 7 * len(every))
     sequences = []
-    for row, slot in enumerate(slots_of_rows):
-        start = rng.randrange(6 * BLOCK_SIZE)
-        mine = blocks[6 * row : 6 * row + start // BLOCK_SIZE + 1]
+    for row, (slot, length, num_base_tokens, samples) in enumerate(every):
+        start = rng.randrange(6 * BLOCK_SIZE - length)
+        mine = blocks[7 * row : 7 * row + (start + length - 1) // BLOCK_SIZE + 1]
         sequences.append(
             ScheduledSequence(
-                row=row, token_ids=[rng.randrange(500)], start=start, new_block_ids=mine, slot=slot, samples=True
+                row=row,
+                token_ids=[rng.randrange(500) for _ in range(length)],
+                start=start,
+                new_block_ids=mine,
+                slot=slot,
+                samples=samples,
+                num_base_tokens=num_base_tokens,
             )
         )
-    return StepPlan(step_id=1, sequences=sequences, num_decodes=len(sequences))
+    return StepPlan(step_id=1, sequences=sequences, num_decodes=len(decode_slots))
 
 
 @needs_interpreter
@@ -115,8 +133,8 @@ def test_a_filled_up_batch_gives_the_logits_of_the_batch_alone(
 ) -> None:
     """One graph serves batches of other sizes, other adapters and other ranks, one after the other.
 
-    Every second token of a batch is the one that its row chose last. The linears that a batch touches get graphs of
-    their own when they come for the second time, and a batch that touches others has the graph for all.
+    Every second decode's token is the one that its row chose last. The linears that decodes touch get graphs of their
+    own when they come for the second time, and a batch that touches others has the graph for all.
     """
     monkeypatch.setattr(dispatch, "INTERPRETS", True)
     monkeypatch.setattr(graphs_of_decodes, "OFTEN", 2)
@@ -132,34 +150,38 @@ def test_a_filled_up_batch_gives_the_logits_of_the_batch_alone(
         captured.append(forward)
         return run_again(forward)
 
-    graphs = DecodeGraphs(
-        model, cache, slots.captured_pages, max_batch_size=4, max_blocks=MAX_BLOCKS, spare_cell=SPARE_CELL,
-        capture=capture,
+    graphs = StepGraphs(
+        model, cache, slots.captured_pages, sizes=graph_sizes(model, 4, 16), max_blocks=MAX_BLOCKS,
+        spare_cell=SPARE_CELL, capture=capture,
     )  # fmt: skip
     rng = random.Random(5)
     second = [-1, -1, 1]
-    mixes = [
-        ([-1, 0, 1], adapters), ([0, 0, 1, 1], adapters[::-1]), ([-1, -1, -1], adapters), (second, adapters),
-        (second, adapters), (second, adapters[::-1]), (second, adapters),
+    mixes: list[tuple[list[int], list[Chunk], list[AdapterWeights]]] = [
+        ([-1, 0, 1], [], adapters), ([-1, -1, -1], [], adapters), (second, [], adapters), (second, [], adapters),
+        (second, [], adapters[::-1]), ([-1, 1], [(1, 5, 0, True), (0, 9, 4, False)], adapters),
+        ([], [(0, 7, 0, True)], adapters[::-1]), ([-1], [(-1, 3, 0, False), (-1, 1, 0, True)], adapters),
     ]  # fmt: skip
     with torch.inference_mode():
-        for rows, weights in mixes:
+        for decode_slots, chunks, weights in mixes:
             for slot, one in enumerate(weights):
                 slots.set(slot, one)
-            plan, builder = decodes(rows, rng), DeviceBatchBuilder(4, MAX_BLOCKS, BLOCK_SIZE, slots, CPU)
+            plan, builder = step(decode_slots, chunks, rng), DeviceBatchBuilder(5, MAX_BLOCKS, BLOCK_SIZE, slots, CPU)
             whole = builder.build(plan)
             truth = model.forward(whole, other)
-            chosen = torch.full((4,), 7)
-            chosen[1 : len(rows) : 2] = whole.token_ids[1::2]
-            unread = [replace(one, token_ids=[FUTURE_TOKEN]) if one.row % 2 else one for one in plan.sequences]
-            arrays = DeviceBatchBuilder(4, MAX_BLOCKS, BLOCK_SIZE, slots, CPU).arrays(replace(plan, sequences=unread))
+            chosen, count = torch.full((5,), 7), len(decode_slots)
+            chosen[1:count:2] = whole.token_ids[1:count:2]
+            unread = [
+                replace(one, token_ids=[FUTURE_TOKEN]) if one.row % 2 and one.row < count else one
+                for one in plan.sequences
+            ]
+            arrays = DeviceBatchBuilder(5, MAX_BLOCKS, BLOCK_SIZE, slots, CPU).arrays(replace(plan, sequences=unread))
             assert torch.equal(builder.batch(plan, arrays, chosen).token_ids, whole.token_ids)
-            touched = slots.touched({slot for slot in rows if slot >= 0})
+            touched = slots.touched({one.slot for one in plan.sequences if one.slot >= 0})
             ours = graphs.run(plan, arrays, touched=touched, last_token_ids=chosen)
-            assert ours is not None and (ours - truth).abs().max() < 1e-4
+            assert ours is not None and ours.shape == truth.shape and (ours - truth).abs().max() < 1e-4
             for layer, same in zip(cache.layers, other.layers, strict=True):
                 assert torch.allclose(layer[:SPARE_CELL], same[:SPARE_CELL], atol=1e-4)
-    assert len(captured) == graphs.num_captured == 3
+    assert len(captured) == graphs.num_captured == 5
 
 
 def test_any_step_has_the_smallest_known_set_of_linears_that_holds_its_own() -> None:
@@ -193,17 +215,18 @@ def test_a_step_with_an_adapter_of_routers_has_no_graph(tmp_path: Path, monkeypa
     assert not slots.need_plain_steps({0, 1})
 
 
-def test_a_step_with_a_chunk_has_no_graph(parts) -> None:
+def test_a_step_that_fits_no_graph_has_none(parts) -> None:
     model, _ = parts
-    plan = decodes([-1], random.Random(1))
-    chunk = ScheduledSequence(row=1, token_ids=[1, 2], start=0, new_block_ids=[39], slot=-1, samples=True)
-    mixed = StepPlan(step_id=1, sequences=[*plan.sequences, chunk], num_decodes=1)
-    builder = DeviceBatchBuilder(4, MAX_BLOCKS, BLOCK_SIZE, PagedAdapterSlots(model, 1, 8), CPU)
-    graphs = DecodeGraphs(
-        model, model.new_kv_cache(1, BLOCK_SIZE), (), max_batch_size=4, max_blocks=MAX_BLOCKS, spare_cell=0,
-        capture=run_again,
+    slots = PagedAdapterSlots(model, 1, 8)
+    graphs = StepGraphs(
+        model, model.new_kv_cache(1, BLOCK_SIZE), (), sizes=graph_sizes(model, 3, 8), max_blocks=MAX_BLOCKS,
+        spare_cell=0, capture=run_again,
     )  # fmt: skip
-    assert graphs.run(mixed, builder.arrays(mixed), touched=frozenset()) is None
+    long, all_rows = step([-1], [(-1, 9, 0, True)], random.Random(1)), step([], [(-1, 8, 0, True)], random.Random(1))
+    wanted = replace(all_rows, sequences=[replace(one, target_ids=one.token_ids) for one in all_rows.sequences])
+    for plan in (long, wanted):
+        arrays = DeviceBatchBuilder(4, MAX_BLOCKS, BLOCK_SIZE, slots, CPU).arrays(plan)
+        assert graphs.run(plan, arrays, touched=frozenset()) is None
 
 
 @needs_interpreter

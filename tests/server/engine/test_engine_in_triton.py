@@ -57,7 +57,7 @@ def test_the_engine_gives_the_same_tokens_by_triton_and_by_the_cpu(
     bench: EngineBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One slot for two adapters, and prompts in chunks: adapters come and go between steps.
-    settings = {"max_resident_adapters": 1, "max_batch_prefill_tokens": 8}
+    settings = {"max_resident_adapters": 1, "max_batch_prefill_tokens": 8, "max_batch_size": 4}
     truth = answers(bench, **settings)
     settings["overlap_steps"] = "on"
     monkeypatch.setattr(dispatch, "INTERPRETS", True)
