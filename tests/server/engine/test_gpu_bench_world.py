@@ -17,7 +17,7 @@ from gpu import watch
 from gpu_checks import check_engine, check_kernels
 from gpu_prefill import prefill_forms
 from gpu_report import Report, Row
-from gpu_run import Bench
+from gpu_run import LOST_CONTEXT, Bench
 from gpu_world import random_model
 
 from loraplex_kernels import dispatch
@@ -88,6 +88,28 @@ def test_a_resumed_run_does_only_the_parts_that_its_file_does_not_have(tmp_path:
         resumed.section(name, 1, lambda: [{"ms": 3.5}])
     assert resumed.report.tables == {"first": [{"ms": 1.5}], "second": [{"ms": 3.5}]}
     assert resumed.report.left_out == {}
+
+
+def test_a_part_that_breaks_the_devices_context_ends_the_process_with_its_traceback_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gpu.json"
+    bench = _bench(path)
+    bench.device = torch.device("cuda")
+
+    def broken(*arguments: object) -> list[Row]:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as left:
+        bench.section("breaks", 1, broken)
+    report = Report.read(path)
+    assert left.value.code == LOST_CONTEXT and report.running == "breaks"
+    assert "illegal memory access" in report.failed["breaks"]
 
 
 LOSES_ITS_PROCESS = """
