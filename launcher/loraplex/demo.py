@@ -27,6 +27,7 @@ CONVERSION = 1
 FOLDER_NAME = "SmolLM2-135M-Instruct"
 MARKER = "prepared.json"
 WORK_PREFIX = ".preparing-"
+PACKAGES_TO_CONVERT = ("accelerate", "gguf", "transformers")  # the extra «demo»
 EXAMPLES = Path(__file__).parents[2] / "examples" / "adapters"
 
 
@@ -110,11 +111,11 @@ def _locked(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 def _check_packages() -> None:
     """Refuse before the download what the conversion would miss."""
-    missing = [name for name in ("transformers", "gguf") if find_spec(name) is None]
+    missing = [name for name in PACKAGES_TO_CONVERT if find_spec(name) is None]
     if missing:
         raise LaunchError(
             f"making the demo model needs {' and '.join(missing)}: pip install 'loraplex[demo]', or build the image "
-            "with --build-arg EXTRA_PACKAGES='transformers gguf'"
+            f"with --build-arg EXTRA_PACKAGES='{' '.join(PACKAGES_TO_CONVERT)}'"
         )
 
 
@@ -146,7 +147,7 @@ def _fetch(work: Path, say: Callable[[str], None]) -> Path:
 def _convert(gguf: Path, target: Path) -> Path:
     """Write the checkpoint in a process of its own: transformers and torch stay out of this one."""
     command = [sys.executable, "-P", "-m", "loraplex.demo_convert", str(gguf), str(target)]
-    _run(command, "conversion", "the packages transformers and gguf are needed (pip install 'loraplex[demo]')")
+    _run(command, "conversion", "its packages are those of pip install 'loraplex[demo]'")
     return target
 
 
