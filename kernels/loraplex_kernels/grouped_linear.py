@@ -27,7 +27,7 @@ class PackedGroups:
 
     words: Tensor  # [blocks * SLICE, out] int32
     scales: Tensor  # [groups, out] in the layer's dtype
-    zeros: Tensor  # [groups, out] in the layer's dtype, whole numbers
+    zeros: Tensor  # [groups, out] in the layer's dtype; no whole numbers where weights were quantised on the way
     order: Tensor | None  # [in] int32: which input stands at each place; None where they stand as they are
     group_of: Tensor | None  # [blocks * block size] int32: the group at each place; None where groups are even runs
     group_size: int  # of even runs
@@ -123,8 +123,8 @@ def unpack_groups(weight: PackedGroups) -> Tensor:
 def grouped_linear(x: Tensor, weight: PackedGroups, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
     """Return x @ weight.T + bias + addend; bias and addend may be absent.
 
-    x: [T, in], columns dense; bias: [out]; addend: [T, out], dense. A number of the weight is rounded to the dtype of
-    `x` before it is multiplied, sums are float32.
+    x: [T, in], columns dense; bias: [out]; addend: [T, out], dense. A number of the weight may be rounded to the dtype
+    of `x` before it is multiplied, sums are float32.
     """
     if on_gpu(x):
         from loraplex_kernels.gpu import grouped_linear as _gpu  # Triton exists on GPU machines only

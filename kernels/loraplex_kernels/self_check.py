@@ -167,12 +167,12 @@ def _row_pairs(sizes: ModelSizes, numbers: Numbers) -> Pairs:
 def _packed_pairs(sizes: ModelSizes, numbers: Numbers) -> Pairs:
     width = sizes.hidden_size
     for bits in sizes.bits:
-        x = numbers(40, width, scale=0.2)
+        x = numbers(300, width, scale=0.2)
         values = torch.arange(width * width).mul_(2654435761).bitwise_right_shift_(13).remainder_(1 << bits)
         scales = torch.rand(width, max(width // 128, 1), generator=torch.Generator().manual_seed(0)) / (8 << bits)
         zero = torch.full((1, 1), 1 << (bits - 1))
         packed = pack_groups(values.view(width, width).to(torch.uint8), zero, scales, None, bits, x.dtype, x.device)
-        for rows in (x[:1], x):
+        for rows in (x[:1], x[:40], x[:100], x):  # each tile, and what is written out for many rows
             truth = reference_grouped.grouped_linear(rows, packed)
             yield f"product of {len(rows)} with {bits} bits", grouped_linear.grouped_linear(rows, packed), truth
 

@@ -71,8 +71,9 @@ def _add_to_lists(scores, words, num_words, of_place, value, size, BLOCK: tl.con
     if line >= 0:
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         cell = scores + place.to(tl.int64) * size + column
-        is_in = _is_in(words, line, num_words, column, size) & (column < size)
-        tl.store(cell, tl.load(cell, mask=is_in, other=0.0) + value, mask=is_in)
+        numbers = tl.load(cell, mask=column < size, other=0.0)
+        numbers = tl.where(_is_in(words, line, num_words, column, size), numbers + value, numbers)
+        tl.store(cell, numbers, mask=column < size)
 
 
 @triton.jit

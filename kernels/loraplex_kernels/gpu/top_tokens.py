@@ -12,7 +12,7 @@ BLOCK = 1024
 SURVEY = 8192
 
 
-@triton.jit(do_not_specialize=["most"], do_not_specialize_on_alignment=["scores"])
+@triton.jit(do_not_specialize=["most"])
 def _top_tokens(
     scores, row_stride, lines, counts, logsums, num_found, token_ids, logprobs, most, size, BLOCK: tl.constexpr
 ):
@@ -47,7 +47,7 @@ def _top_tokens(
     tl.store(num_found + entry, (tl.minimum(next_equal, end) - entry.to(tl.int64) * most).to(tl.int32))
 
 
-@triton.jit(do_not_specialize_on_alignment=["logits"])
+@triton.jit
 def _given_tokens(logits, row_stride, token_ids, logsums, logprobs, size, BLOCK: tl.constexpr):
     line = tl.program_id(0)
     logits += line.to(tl.int64) * row_stride

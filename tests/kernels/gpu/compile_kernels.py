@@ -1,8 +1,11 @@
-"""Compile every kernel for a GPU that is not here: `compile_kernels.py 90` for an H100. Prints a line for each.
+"""Compile every kernel for a GPU that is not here: `compile_kernels.py 90` for an H100. Prints what became of each.
 
+A line has the threads' warps, registers, bytes spilled and shared, the product of tensor cores, how many loads of which
+width the code has, and the seconds of a processor. A line that begins with FAULT says what is slow or does not fit.
 A stand-in takes the driver's place; operations are called with tensors of the CPU, and launching stops after compiling.
 """
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import torch
 import triton
+from compiled_code import MAX_SHARED_BYTES, faults, read_code
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -35,7 +39,6 @@ from loraplex_kernels.norm import Norm
 from loraplex_kernels.row_state import Chosen, RowState, Tops
 from loraplex_kernels.sampling_inputs import Bans, Biases, Cuts, Draws, Masks, Penalties
 
-MAX_SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 CPU = torch.device("cpu")
 BENCH = Path(__file__).parents[3] / "bench"
 
@@ -58,11 +61,20 @@ class AbsentGpu:
 
 def compile_instead(kernel: JITFunction, grid: object) -> Any:
     def run(*arguments: Any, **settings: Any) -> None:
-        shared = kernel.warmup(*arguments, grid=grid, **settings).metadata.shared
-        print(kernel.__name__, shared)
-        assert shared <= MAX_SHARED_BYTES[int(sys.argv[1])], f"{kernel.__name__} needs {shared} bytes of shared memory"
+        began = _seconds()
+        compiled = kernel.warmup(*arguments, grid=grid, **settings)
+        code = read_code(kernel.__name__, compiled)
+        print(f"{code} {_seconds() - began:5.1f} s")
+        if wrong := faults(code, int(sys.argv[1]), settings.get("ROWS", 0)):
+            print(f"FAULT {kernel.__name__} {'; '.join(wrong)}; compiled for {settings}")
 
     return run
+
+
+def _seconds() -> float:
+    """Of a processor, for us and the assembler."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def call_all(dtype: torch.dtype) -> None:
@@ -107,7 +119,7 @@ def call_all(dtype: torch.dtype) -> None:
     norm.add_norm(x, x, None)
     choice.most_likely(numbers(8, 128256))
     sample(numbers(8, 128256))
-    for bits, rows in ((2, (1,)), (4, (1, 32, 128))):
+    for bits, rows in ((2, (1,)), (8, (1,)), (4, (1, 32, 128, 300))):
         weight = torch.zeros(256, 4096, dtype=torch.uint8)
         packed = pack_groups(weight, torch.full((1, 1), 2), torch.ones(256, 32), None, bits, dtype, CPU)
         for num_rows in rows:
@@ -163,6 +175,7 @@ def sample(logits: torch.Tensor) -> None:
 
 if __name__ == "__main__":
     triton.runtime.driver.set_active(AbsentGpu(int(sys.argv[1])))
+    attention._shared_bytes = lambda device: MAX_SHARED_BYTES[int(sys.argv[1])]  # what its tiles are chosen by
     JITFunction.__getitem__ = compile_instead
     call_all(torch.bfloat16)
     call_forms(torch.bfloat16)

@@ -68,6 +68,42 @@ def test_however_the_inputs_of_a_quantised_linear_are_split(num_splits: int) -> 
     assert_near(ours, plain)
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("bits", "in_size", "group_size"), [(2, 200, 24), (4, 256, 128), (8, 96, 32)])
+def test_many_rows_multiply_the_weight_written_out_part_by_part(
+    bits: int, in_size: int, group_size: int, act_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "WIDE_BYTES", 4 * in_size * 32)  # two parts, the second not full
+    weight = packed(quantized(bits, 45, in_size, group_size, act_order=act_order), torch.float32)
+    monkeypatch.setattr(gpu, "MANY_ROWS", 5)
+    x, bias, addend = (torch.randn(*shape, device=DEVICE) for shape in ((5, in_size), (45,), (5, 45)))
+    for terms in ((None, None), (bias, addend)):
+        assert_near(gpu.grouped_linear(x, weight, *terms), reference.grouped_linear(x, weight, *terms))
+
+
+@pytest.mark.parametrize("num_rows", [16, 65])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_numbers_far_from_their_zero_stay_exact_in_half_precision(bits: int, num_rows: int) -> None:
+    # GPTQ's zeros reach 2 ** bits; the largest differences must neither overflow nor lose their last bit.
+    top = 1 << bits
+    numbers = torch.randint(0, 2, (8, 256), dtype=torch.uint8) * (top - 1)
+    places = torch.arange(num_rows) * 17 % 256  # every field of a word
+    x = torch.zeros(num_rows, 256).index_put_((torch.arange(num_rows), places), torch.ones(())).to(DEVICE).half()
+    for zero in (0, top):
+        weight = pack_groups(numbers, torch.full((1, 1), zero), torch.ones(8, 2), None, bits, torch.float16, DEVICE)
+        assert torch.equal(gpu.grouped_linear(x, weight), (numbers[:, places].t().half() - zero).to(DEVICE))
+
+
+@pytest.mark.parametrize("num_rows", [1, 65])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_between_and_far_from_the_numbers(dtype: torch.dtype, num_rows: int) -> None:
+    weight = quantized(4, 24, 128, 32)
+    zeros = torch.rand(24, 4) * torch.tensor([16.0, 16.0, -40.0, 4096.0])  # as weights quantised on the way have them
+    weight = replace(weight, zeros=zeros, scales=weight.scales / (1 + zeros.abs() / 16))
+    x = torch.randn(num_rows, 128).to(DEVICE, dtype)
+    assert_near(gpu.grouped_linear(x, packed(weight, dtype)), reference.grouped_linear(x, packed(weight, dtype)))
+
+
 def changed(x: Tensor, weight: PackedGroups, faulty: PackedGroups) -> float:
     return error(gpu.grouped_linear(x, faulty), reference.grouped_linear(x, weight))
 
@@ -81,3 +117,16 @@ def test_a_wrong_order_group_zero_or_field_is_noticed() -> None:
     assert changed(x, weight, replace(weight, scales=weight.scales.roll(1, 0))) > 0.02
     assert changed(x, weight, replace(weight, zeros=weight.zeros + 1)) > 0.02
     assert changed(x, weight, replace(weight, words=weight.words.roll(1, 0))) > 0.1
+
+
+@pytest.mark.parametrize("num_rows", [2, 70, 257])
+def test_a_wrong_word_group_or_zero_is_noticed_however_many_rows_there_are(num_rows: int) -> None:
+    weight = packed(quantized(4, 24, 256, 128), torch.float32)
+    x = torch.randn(num_rows, 256, device=DEVICE)
+    assert weight.group_of is None
+    assert changed(x, weight, weight) < 2e-5
+    assert changed(x, weight, replace(weight, scales=weight.scales.roll(1, 0))) > 0.02
+    assert changed(x, weight, replace(weight, zeros=weight.zeros.roll(1, 1))) > 0.02
+    assert changed(x, weight, replace(weight, words=weight.words.roll(4, 0))) > 0.1
+    upper = (weight.words >> 16) & 0xFFFF | weight.words << 16
+    assert changed(x, weight, replace(weight, words=upper.contiguous())) > 0.1

@@ -152,11 +152,11 @@ def packed_experts(num_experts: int, dtype: torch.dtype, *, act_order: bool, bit
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize(("bits", "num_splits"), [(4, 1), (4, 2), (8, None)])
+@pytest.mark.parametrize(("bits", "num_splits", "tile_rows"), [(4, 1, 16), (4, 2, 64), (8, None, 16)])
 def test_quantised_experts_are_made_weights_while_they_are_multiplied(
-    act_order: bool, bits: int, num_splits: int | None
+    act_order: bool, bits: int, num_splits: int | None, tile_rows: int
 ) -> None:
-    tiles = tiles_of(crowded(11, 4, (1, 2)), 2)
+    tiles = tiles_of(crowded(11, 4, (1, 2)), 2, tile_rows)
     weight = packed_experts(4, torch.float32, act_order=act_order, bits=bits)
     for is_by_token in (True, False):
         x = torch.randn(11 if is_by_token else 22, 128, device=DEVICE)
