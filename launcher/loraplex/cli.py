@@ -249,7 +249,7 @@ def _usage_message(error: click.UsageError) -> str:
     if context is not None and parameter is not None and parameter.name:
         source = context.get_parameter_source(parameter.name)
         if source is ParameterSource.ENVIRONMENT:
-            message += f" (from the environment variable {parameter.envvar})"
+            message += f" (from the environment variable {flags.variable_of(parameter)})"
     return message
 
 

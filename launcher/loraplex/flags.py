@@ -14,7 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from loraplex.foreign_flags import ALIASES, FOREIGN_SWITCHES, IGNORED, NOT_YET
+from loraplex.foreign_flags import ALIASES, FOREIGN_SWITCHES, FOREIGN_VARIABLES, IGNORED, NOT_YET
 from loraplex_models.s3_access import S3Access
 from loraplex_server.config import (
     AdapterConfig,
@@ -92,14 +92,24 @@ class _TextItems(click.types.StringParamType):
 
 
 class _SettingOption(click.Option):
-    """An option that passes over what Kubernetes puts into the environment: NAME_PORT=tcp://…"""
+    """An option that also knows a platform's name for its variable, and passes over what Kubernetes puts into the
+    environment: NAME_PORT=tcp://…
+    """
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         value = super().resolve_envvar_value(ctx)
+        if value is None and (name := FOREIGN_VARIABLES.get(self.name or "")):
+            return os.environ.get(name) or None
         if value is not None and value.startswith("tcp://"):
             _warn(ctx, f"{self.envvar}={value} is ignored: it is not a value but the address of a Kubernetes service")
             return None
         return value
+
+
+def variable_of(option: click.Parameter) -> str:
+    """The environment variable that an option was read from."""
+    own = str(option.envvar)
+    return own if own in os.environ else FOREIGN_VARIABLES.get(option.name or "", own)
 
 
 def _warn(context: click.Context, message: str) -> None:

@@ -23,6 +23,14 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "prefix_caching": ("--enable-prefix-caching/--no-enable-prefix-caching",),
 }
 
+# What SageMaker calls a setting of ours in the environment of TGI's image for it: read where our own name is not set.
+FOREIGN_VARIABLES: dict[str, str] = {
+    "model_id": "HF_MODEL_ID",
+    "revision": "HF_MODEL_REVISION",
+    "num_shard": "SM_NUM_GPUS",
+    "quantize": "HF_MODEL_QUANTIZE",
+}
+
 # Variables of vLLM and LoRAX that switch a setting of ours on.
 FOREIGN_SWITCHES: dict[str, str] = {
     "allow_runtime_adapters": "VLLM_ALLOW_RUNTIME_LORA_UPDATING",

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from loraplex.flags import GROUPS, SettingField, setting_fields
-from loraplex.foreign_flags import ALIASES, IGNORED, NOT_YET
+from loraplex.foreign_flags import ALIASES, FOREIGN_VARIABLES, IGNORED, NOT_YET
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 INTRODUCTION = """\
@@ -53,7 +53,10 @@ def _row(field: SettingField) -> str:
     meaning = field.help + (f" ({', '.join(field.choices)})" if field.choices else "")
     if field.name in NOT_YET:
         meaning += f"; no effect: {NOT_YET[field.name]}"
-    return f"| {flags} | `{field.env_name}` | {_default(field)} | {meaning} |"
+    variables = f"`{field.env_name}`"
+    if field.name in FOREIGN_VARIABLES:
+        variables += f", `{FOREIGN_VARIABLES[field.name]}`"
+    return f"| {flags} | {variables} | {_default(field)} | {meaning} |"
 
 
 def page() -> str:

@@ -5,7 +5,7 @@ import pytest
 
 from loraplex import flags
 from loraplex.flags import Settings
-from loraplex.foreign_flags import IGNORED, IgnoredFlag, spread_lora_modules
+from loraplex.foreign_flags import FOREIGN_VARIABLES, IGNORED, IgnoredFlag, spread_lora_modules
 
 # Every flag that a drop-in for TGI takes (its launcher's list), with a value where it needs one.
 TGI_FLAGS = {
@@ -83,7 +83,15 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for parameter in command.params:
         if isinstance(parameter.envvar, str):
             monkeypatch.delenv(parameter.envvar, raising=False)
-    for name in ("HF_TOKEN", "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "VLLM_API_KEY"):
+    for name in (
+        "HF_TOKEN",
+        "HF_ENDPOINT",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_HUB_OFFLINE",
+        "VLLM_API_KEY",
+        *FOREIGN_VARIABLES.values(),
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -140,6 +148,20 @@ def test_the_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PORT", "80")
     assert settings_of().serve.api.port == 80
     assert settings_of("--port", "8080").serve.api.port == 8080
+
+
+def test_sagemakers_variables_are_read_where_ours_are_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"HF_MODEL_ID": "org/m", "HF_MODEL_REVISION": "r", "SM_NUM_GPUS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_MODEL_QUANTIZE", "gptq")
+    launch, engine = settings_of().launch, settings_of().serve.engine
+    assert (launch.model_id, launch.revision, launch.num_shard, engine.quantize) == ("org/m", "r", 2, "gptq")
+    monkeypatch.setenv("MODEL_ID", "org/other")
+    assert settings_of().launch.model_id == "org/other"
+    monkeypatch.setenv("SM_NUM_GPUS", "many")
+    with pytest.raises(click.BadParameter) as wrong:
+        settings_of()
+    assert wrong.value.param is not None and flags.variable_of(wrong.value.param) == "SM_NUM_GPUS"
 
 
 def test_the_address_of_a_kubernetes_service_is_not_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
