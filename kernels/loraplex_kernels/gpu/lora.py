@@ -32,7 +32,9 @@ PREFILL_PROGRAMS = 132
 MOST_GROUPS = 4
 DECODE_ROWS = 16
 BLOCK_COLUMNS = 256
-# What is read one by one: where it starts must not decide which code it is read by, or each linear has its own.
+# Numbers that differ from step to step, linear to linear or server to server, and what is read one by one: whether they
+# are multiples of 16 must not decide which code is run, or each has its own.
+PLAIN = ("num_rows", "slot_stride", "most_pages", "rank_stride")
 TABLES = ("page_table", "ranks", "starts", "counts", "slots", "num_tiles", "row_slots", "blocks", "borders")
 
 
@@ -49,7 +51,7 @@ def _page_of(table, r, most_pages, PAGE: tl.constexpr):
     return tl.multiple_of(page, PAGE)
 
 
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=TABLES)
 def _shrink(
     x, x_stride, pages, page_table, slot_stride, most_pages, ranks, rank_stride,
     starts, counts, slots, num_tiles, planes,
@@ -101,7 +103,7 @@ def _shrink(
         slot = tl.load(slots + tile + stride, mask=tile + stride < end, other=0)
 
 
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=PLAIN, do_not_specialize_on_alignment=TABLES)
 def _expand(
     planes, pages, page_table, slot_stride, most_pages, ranks, rank_stride,
     starts, counts, slots, num_tiles, blocks, borders, delta,
