@@ -1,6 +1,7 @@
-"""uvicorn's HTTP protocol with a time limit for headers, limits of their size, and JSON in its own refusals."""
+"""uvicorn's HTTP protocol with time limits for headers and readers, limits of size, and JSON in its own refusals."""
 
 import asyncio
+import logging
 import sys
 from typing import Any
 
@@ -12,6 +13,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from loraplex_server.api.http_errors import ErrorBody, error_response
 from loraplex_server.errors import HeadersTooLarge
 
+logger = logging.getLogger(__name__)
+
+# A client that for so long takes nothing of what waits for it has stopped reading.
+STALLED_READER_S = 60.0
 # From the first byte, or from the connection's beginning, to the end of a request's headers.
 HEADER_TIMEOUT_S = 10.0
 # How long bytes behind a refusal are still taken: a reset would take the refusal away before the client has read it.
@@ -24,12 +29,16 @@ _REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header 
 
 
 class HttpProtocol(H11Protocol):
-    """One connection. A client that sends its headers too slowly, or without end, is answered and cut off."""
+    """One connection. A client that sends its headers too slowly, or without end, is answered and cut off.
+
+    One that does not read is cut off, which ends its request; the timer for that costs nothing while a stream flows.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._header_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None  # once the connection was refused
+        self._stall_timer: asyncio.TimerHandle | None = None  # while more waits for the client than is buffered
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         """A client is there."""
@@ -49,9 +58,21 @@ class HttpProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
         self._stop_header_timer()
+        self._stop_stall_timer()
         if self._linger_timer is not None:
             self._linger_timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client has not taken what was sent, and the buffer is full."""
+        super().pause_writing()
+        self._stop_stall_timer()
+        self._stall_timer = self.loop.call_later(STALLED_READER_S, self._reader_stalled)
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        self._stop_stall_timer()
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are no request: uvicorn calls it with h11's finding at hand."""
@@ -69,6 +90,17 @@ class HttpProtocol(H11Protocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    def _reader_stalled(self) -> None:
+        logger.info(
+            "a client has read nothing for %g s: its connection is cut, its request cancelled", STALLED_READER_S
+        )
+        self.transport.abort()
 
     def _headers_late(self) -> None:
         self._header_timer = None

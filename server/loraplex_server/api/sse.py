@@ -1,17 +1,11 @@
 """Server-sent events: framing, keep-alive, the client's disconnect."""
 
-import logging
 from collections.abc import AsyncIterator, Mapping
 
 import msgspec
-from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
-from starlette.types import Receive, Scope, Send
-
-logger = logging.getLogger(__name__)
+from sse_starlette.sse import AppStatus, EventSourceResponse
 
 KEEP_ALIVE_S = 15
-# A client that does not take a chunk for so long has stopped reading.
-STALLED_READER_S = 60
 
 # The library would cut streams at SIGTERM; `process.py` lets them finish.
 AppStatus.enable_automatic_graceful_drain = False
@@ -34,7 +28,7 @@ def _keep_alive() -> bytes:
 
 
 class EventStream(EventSourceResponse):
-    """Sends events as they come; a client that leaves or stalls ends the iterator at once."""
+    """Sends events as they come; a client that leaves, or is cut off for not reading, ends the iterator at once."""
 
     def __init__(self, events: AsyncIterator[bytes], headers: Mapping[str, str]):
         super().__init__(
@@ -44,12 +38,4 @@ class EventStream(EventSourceResponse):
             ping=KEEP_ALIVE_S,
             sep="\n",
             ping_message_factory=_keep_alive,  # type: ignore[arg-type]  # bytes are sent as they are
-            send_timeout=STALLED_READER_S,
         )
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the response."""
-        try:
-            await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            logger.info("the client stopped reading its stream; the request was cancelled")

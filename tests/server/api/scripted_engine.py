@@ -317,7 +317,7 @@ async def api_server(
         )  # fmt: skip
     app = build_app(state)
     async with (
-        _transport(app, live) as (transport, base_url),
+        transport_to(app, live) as (transport, base_url),
         httpx.AsyncClient(transport=transport, base_url=base_url, timeout=DEADLINE_S) as http,
     ):
         yield TestServer(state, engine, client, http, admission, base_url)
@@ -327,7 +327,7 @@ async def api_server(
 
 
 @asynccontextmanager
-async def _transport(app: Any, live: bool) -> AsyncIterator[tuple[httpx.AsyncBaseTransport | None, str]]:
+async def transport_to(app: Any, live: bool) -> AsyncIterator[tuple[httpx.AsyncBaseTransport | None, str]]:
     if not live:
         yield httpx.ASGITransport(app, raise_app_exceptions=False), "http://api"
         return
