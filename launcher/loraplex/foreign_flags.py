@@ -56,7 +56,7 @@ def _elsewhere(reason: str, *flags: str, takes_value: bool = True) -> tuple[Igno
 
 _NO_TUNNEL = "this server opens no tunnels"
 _SCHEDULING = "prompts are computed in chunks beside running requests, which never pause for them"
-_GRAPHS = "on a GPU decodes have graphs for batch sizes of our choice; on a CPU there are none"
+_GRAPHS = "on a GPU steps have graphs for sizes of our choice; on a CPU there are none"
 _SPECULATION = "tokens are not speculated"
 _LOG = "the log has a line a request and never prompts; --log-level warn leaves it out"
 

@@ -61,7 +61,7 @@ class GpuShares:
             f"the GPU has no memory left for a KV cache: of {_mib(self.total)} {_mib(self.free)} are free beside the "
             f"weights; {_mib(self.adapters)} are for adapters (--adapter-device-memory), {_mib(self.forward)} for "
             f"chunks of {chunk_tokens} tokens (--max-batch-prefill-tokens), {_mib(self.sampling)} for the choice of "
-            f"{max_batch_size} tokens and {_mib(self.graphs)} for decode graphs (--max-batch-size), "
+            f"{max_batch_size} tokens and {_mib(self.graphs)} for graphs (--max-batch-size), "
             f"{_mib(withheld)} are for others (--cuda-memory-fraction {self.fraction:g}), {_mib(self.spare)} are "
             f"spare: that is {_mib(block_bytes - left)} too much for a single block"
         )

@@ -10,7 +10,7 @@ from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
 
 from loraplex_server.text.guides import Guide
-from loraplex_server.text.json_schema import laid_out
+from loraplex_server.text.json_schema import SchemaError, schema_text
 
 # What a compiler says of a grammar may quote all of it.
 MAX_REASON_CHARACTERS = 300
@@ -41,12 +41,9 @@ def grammar_of(guide: Guide) -> str:
 
 def _schema_with_options(guide: Guide) -> str:
     try:
-        schema = json.loads(guide.text)
-        if schema is False:
-            raise GuideError("the schema is false, which nothing satisfies")
-        return json.dumps(laid_out(schema, guide.whitespace))
-    except RecursionError:
-        raise GuideError("the schema is nested too deeply") from None
+        return schema_text(guide.text, guide.whitespace)
+    except SchemaError as error:
+        raise GuideError(f"the schema {error}") from None
 
 
 def _as_lark(text: str) -> str:

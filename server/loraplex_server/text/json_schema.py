@@ -1,5 +1,6 @@
 """JSON schemas as they are meant for generation: objects that name their properties have no others."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,21 @@ _APPLICATORS = ("properties", "allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", 
 _SAYS_WHAT_ELSE = ("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _PLAIN = ("enum", "const", "default", "examples", "required", "x-guidance")
+
+
+class SchemaError(ValueError):
+    """No text can be held to the schema; the message goes on from its name."""
+
+
+def schema_text(text: str, whitespace: str | None) -> str:
+    """The JSON of a schema as `laid_out` makes it. Raises SchemaError."""
+    try:
+        schema = json.loads(text)
+        if schema is False:
+            raise SchemaError("is false, which nothing satisfies")
+        return json.dumps(laid_out(schema, whitespace))
+    except RecursionError:
+        raise SchemaError("is nested too deeply") from None
 
 
 def laid_out(schema: Any, whitespace: str | None) -> dict[str, Any]:

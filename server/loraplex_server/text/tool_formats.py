@@ -8,7 +8,7 @@ import msgspec
 
 from loraplex_server.errors import InvalidRequest
 from loraplex_server.text.guides import Guide, checked_guide, lark_text
-from loraplex_server.text.json_schema import laid_out
+from loraplex_server.text.json_schema import SchemaError, laid_out, schema_text
 from loraplex_server.text.tools import Tool, ToolUse
 
 # A model that must call tools, and may go on, could call them for ever.
@@ -118,9 +118,6 @@ def _schema_of(tool: Tool) -> str:
 def _schema_of_answer(answer: Guide) -> str:
     assert answer.kind == "json_schema", "other guides do not go with tools"
     try:
-        schema = json.loads(answer.text)
-        if schema is False:
-            raise InvalidRequest("the schema of the answer is false, which nothing satisfies")
-        return json.dumps(laid_out(schema, answer.whitespace))
-    except RecursionError:
-        raise InvalidRequest("the schema of the answer is nested too deeply") from None
+        return schema_text(answer.text, answer.whitespace)
+    except SchemaError as error:
+        raise InvalidRequest(f"the schema of the answer {error}") from None

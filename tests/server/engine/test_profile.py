@@ -90,7 +90,7 @@ def test_a_gpu_with_nothing_left_is_refused_with_all_shares_and_their_flags() ->
     )
     words = (
         r"1000 MiB 200 MiB are free.* 100 MiB are for adapters \(--adapter-device-memory\), 50 MiB for chunks of 2048 "
-        r"tokens \(--max-batch-prefill-tokens\).*46 MiB for decode graphs \(--max-batch-size\), 100 MiB are for others "
+        r"tokens \(--max-batch-prefill-tokens\).*46 MiB for graphs \(--max-batch-size\), 100 MiB are for others "
         r"\(--cuda-memory-fraction 0\.9\).*112 MiB too much"
     )
     with pytest.raises(NotEnoughMemory, match=words):
