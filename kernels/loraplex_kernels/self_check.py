@@ -58,6 +58,11 @@ class Comparison:
         return self.error <= self.limit
 
 
+def difference(ours: Tensor, truth: Tensor) -> float:
+    """The largest difference, in shares of the largest true number or of 1; no number where one is none."""
+    return float((ours.float() - truth.float()).abs().max()) / max(1.0, float(truth.float().abs().max()))
+
+
 def compare_kernels(device: torch.device, dtype: torch.dtype, sizes: ModelSizes) -> Iterator[Comparison]:
     """Compare every kernel that a model of these sizes runs, on random numbers of that type, the same for both."""
     generator = torch.Generator().manual_seed(0)
@@ -69,9 +74,7 @@ def compare_kernels(device: torch.device, dtype: torch.dtype, sizes: ModelSizes)
         for kernel, ours, truth in part(sizes, numbers):
             if ours.shape != truth.shape:
                 raise ValueError(f"{kernel}: shape {tuple(ours.shape)}, its twin's is {tuple(truth.shape)}")
-            largest = float(truth.float().abs().max())
-            error = float((ours.float() - truth.float()).abs().max()) / max(1.0, largest)
-            yield Comparison(kernel, error, TOLERANCES[dtype])
+            yield Comparison(kernel, difference(ours, truth), TOLERANCES[dtype])
 
 
 Numbers = Callable[..., Tensor]

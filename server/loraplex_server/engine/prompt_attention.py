@@ -48,7 +48,10 @@ def open_prompt_attention(
 
 def _compare(sizes: AttentionSizes, block_size: int, window: int | None, device: torch.device) -> None:
     """Three chunks in scattered blocks, one of them a whole prompt. Raises FlashInferError where they differ."""
-    from loraplex_kernels.self_check import TOLERANCES  # imports Triton, which machines without a GPU may lack
+    from loraplex_kernels.self_check import (  # imports Triton, which machines without a GPU may lack
+        TOLERANCES,
+        difference,
+    )
 
     generator = torch.Generator().manual_seed(0)
     seq_lens, starts = np.array([33, 7, 70], np.int32), np.array([0, 3, 10, 30], np.int32)
@@ -71,6 +74,6 @@ def _compare(sizes: AttentionSizes, block_size: int, window: int | None, device:
         queries, cache, blocks, query_start, lengths, block_size, sizes.num_kv_heads, sizes.scale, window or NO_WINDOW,
         sizes.cap,
     )  # fmt: skip
-    error = float((ours.float() - truth.float()).abs().max()) / max(1.0, float(truth.float().abs().max()))
+    error = difference(ours, truth)
     if not error <= TOLERANCES[sizes.dtype]:  # what is no number differs too
         raise FlashInferError(f"with window {window} it differs from plain torch by {error:.1e}")
